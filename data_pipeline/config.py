@@ -12,6 +12,7 @@ from typing import Literal
 Backend = Literal["webdataset", "synthetic"]
 Order = Literal["global", "block"]
 Interpolation = Literal["antialias", "linear", "area"]
+ErasingMode = Literal["pixel", "const"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -35,6 +36,9 @@ class AugmentConfig:
 
     random_erasing: float = 0.0
     """Probability of overwriting one random rectangle of the image."""
+
+    erasing_mode: ErasingMode = "pixel"
+    """"pixel" fills the rectangle with normal noise per pixel, "const" with the mean colour."""
 
     interpolation: Interpolation = "antialias"
     """How a crop is resized: "antialias" (as PIL does it), "linear" (fastest) or "area" (as FFCV does it)."""
@@ -76,14 +80,21 @@ class DataConfig:
     image_size: int = 224
     """Height and width of the images in a batch, in pixels."""
 
-    num_threads: int = 0
-    """Decoding threads per rank; 0 takes the cores this process may use, shared among the ranks of the machine."""
+    num_threads: int = -1
+    """Decoding threads per rank; 0 decodes in the caller's thread when a batch is asked for; -1 takes the cores this
+    process may use, shared among the ranks of the machine."""
 
     prefetch: int = 2
     """Batches decoded ahead of the one in use."""
 
     order: Order = "global"
     """"global": one permutation over all samples; "block": over groups of shards, for slow or remote storage."""
+
+    block_shards: int = 16
+    """Shards that are shuffled together under order "block"."""
+
+    max_bad_samples: int = 16
+    """Different damaged samples a rank replaces (and reports) before it gives up."""
 
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from each RGB channel, on the scale 0 to 1."""
