@@ -1,0 +1,117 @@
+"""Building blocks of the Dynamic Group Transformer, on channels-last maps (B, H, W, C).
+
+A (B, H, W, C) tensor and a channels-last (B, C, H, W) one are views of the same memory: linear layers, norms and
+attention read tokens, convolutions read images, and nothing is ever transposed.
+"""
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dgt.models.architecture import Architecture
+from dgt.models.checkpointing import checkpoint_contexts
+from dgt.models.drop_path import drop_path_scale
+from dgt.ops import dg_attention
+
+NORM_EPS = 1e-6
+
+# Its choice of implementation looks at sizes, which a symbolic trace does not have.
+register_notrace_function(dg_attention)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depth-wise 3x3 convolution of a channels-last map: (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class DGAttention(nn.Module):
+    """Multi-head DG-Attention with its projections: (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, dim: int, arch: Architecture) -> None:
+        super().__init__()
+        self.head_dim = arch.head_dim
+        self.num_heads = dim // arch.head_dim
+        self.num_groups = arch.num_groups
+        self.top_k = arch.top_k
+        self.num_iters = arch.num_iters
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = dg_attention(q, k, v, num_groups=self.num_groups, top_k=self.top_k, num_iters=self.num_iters)
+        return self.proj(y.transpose(1, 2).reshape(batch, height, width, dim))
+
+
+class IRFFN(nn.Module):
+    """Inverted residual feed-forward network: 1x1 expand, depth-wise 3x3 with its own shortcut, GELU, 1x1 project."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(dim, hidden_dim)
+        self.dwconv = DepthwiseConv(hidden_dim)
+        self.act = nn.GELU()
+        self.project = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.expand(x)
+        return self.project(self.act(x + self.dwconv(x)))
+
+
+class DGTBlock(nn.Module):
+    """Conditional position embedding, DG-Attention and IRFFN, each with its shortcut.
+
+    The block is the unit of sharding, of compilation and of recomputation. Activation checkpointing happens inside
+    `forward`, so that hooks and wrappers on the block stay outside of it.
+
+    Args:
+        dim: channels.
+        arch: attention and feed-forward settings.
+        index: the block's number in the network; it gives the block's drop paths their own random numbers.
+        drop_path: probability of dropping a branch for a sample.
+    """
+
+    def __init__(self, dim: int, arch: Architecture, index: int = 0, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.index = index
+        self.drop_path = drop_path
+        self.checkpointing: str | None = None
+        self.cpe = DepthwiseConv(dim)
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = DGAttention(dim, arch)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.ffn = IRFFN(dim, int(dim * arch.mlp_ratio))
+
+    def forward(self, x: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C); `sample_keys` (B,) int64 in [0, 2**32) or None, as in `DGT.forward`."""
+        scales: tuple[Tensor, ...] = ()
+        if self.training and self.drop_path > 0.0:
+            # Drawn outside of what may be recomputed, which therefore needs no generator state.
+            scales = (
+                drop_path_scale(x, self.drop_path, sample_keys, 2 * self.index),
+                drop_path_scale(x, self.drop_path, sample_keys, 2 * self.index + 1),
+            )
+        if self.checkpointing is None or not torch.is_grad_enabled():
+            return self._residual(x, *scales)
+        contexts = checkpoint_contexts(self.checkpointing)
+        return checkpoint(
+            self._residual, x, *scales, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
+
+    def _residual(self, x: Tensor, attn_scale: Tensor | None = None, ffn_scale: Tensor | None = None) -> Tensor:
+        x = x + self.cpe(x)
+        attn = self.attn(self.norm1(x))
+        x = x + (attn if attn_scale is None else attn * attn_scale)
+        ffn = self.ffn(self.norm2(x))
+        return x + (ffn if ffn_scale is None else ffn * ffn_scale)
+
+    def extra_repr(self) -> str:
+        return f"index={self.index}, drop_path={self.drop_path:.3f}, checkpointing={self.checkpointing}"

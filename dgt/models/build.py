@@ -1,0 +1,61 @@
+"""Build a model by name from a small typed configuration."""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network to train."""
+
+    name: str
+    """A model name known to timm; `dgt_nano`, `dgt_tiny`, `dgt_small`, `dgt_base`, `dgt_base_384` are ours."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last block; earlier blocks rise to it linearly from zero."""
+    num_groups: int | None = None
+    """Query groups per head (DGT models only); None keeps the variant's own."""
+    top_k: int | None = None
+    """Keys that each group attends to (DGT models only); None keeps the variant's own."""
+    num_iters: int | None = None
+    """k-means iterations (DGT models only); None keeps the variant's own."""
+    checkpoint_path: str = ""
+    """Weights to start from (.safetensors or .pth); empty for random weights."""
+
+
+def build_model(config: ModelConfig, num_classes: int, in_chans: int = 3) -> nn.Module:
+    """Create the model that `config` names; any timm model works.
+
+    Args:
+        config: the model's part of the configuration.
+        num_classes: outputs of the classifier, 0 for none.
+        in_chans: channels of the input image.
+
+    Raises:
+        ValueError: unknown model name, or DGT options on a model that is not a DGT.
+    """
+    arch_name = config.name.split(".")[0]
+    if not timm.is_model(config.name):
+        near = difflib.get_close_matches(arch_name, timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() lists the known ones"
+        raise ValueError(f"unknown model {config.name!r}{hint}")
+    options: dict[str, Any] = {
+        key: value for key in ("num_groups", "top_k", "num_iters") if (value := getattr(config, key)) is not None
+    }
+    if options and not timm.models.is_model_in_modules(arch_name, ["dgt"]):
+        raise ValueError(
+            f"model {config.name!r} is not a Dynamic Group Transformer and has no {', '.join(options)}; "
+            "leave these options out, or choose a dgt_* model"
+        )
+    if config.drop_path_rate:  # some timm models know no such option, and need not for 0
+        options["drop_path_rate"] = config.drop_path_rate
+    return timm.create_model(
+        config.name,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        checkpoint_path=config.checkpoint_path,
+        **options,
+    )
