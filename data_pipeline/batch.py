@@ -1,0 +1,106 @@
+"""A batch, and how its places are filled: read, decode, augment; safe to run in any thread."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from data_pipeline.augment import SampleDraws
+from data_pipeline.decode import DecodeError, decode_image
+from data_pipeline.shards.source import DamagedSampleError, DataError, Source
+from data_pipeline.transforms import Transform
+
+_MAX_SUBSTITUTES = 8  # damaged samples in a row before something larger than a sample must be wrong
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of one global batch, in host memory (pinned where there is a GPU).
+
+    The tensors are made for this batch and belong to the consumer: they are never written again.
+    """
+
+    images: torch.Tensor
+    """uint8 (n, H, W, 3), RGB"""
+
+    labels: torch.Tensor
+    """int64 (n,); 0 where not valid"""
+
+    ids: torch.Tensor
+    """int64 (n,), sample ids as the order has them; -1 for padding"""
+
+    positions: torch.Tensor
+    """int64 (n,), places in the global batch"""
+
+    valid: torch.Tensor
+    """bool (n,); False for padding at the end of an evaluation and for samples that could not be read there"""
+
+
+@dataclass
+class Report:
+    """What one task has to tell the consumer."""
+
+    decode_seconds: float = 0.0
+    damaged: list[tuple[int, DamagedSampleError]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EpochReader:
+    """Writes samples of one epoch into batches. What it writes depends on the sample ids and on nothing else."""
+
+    source: Source
+    transform: Transform
+    seed: int
+    epoch: int
+    substitute: bool
+    """Serve another sample in the place of a damaged one; otherwise mark the place invalid."""
+
+    def fill(self, batch: Batch, slots: range) -> Report:
+        """Write the given places of `batch`; runs in any thread."""
+        started = time.perf_counter()
+        report = Report()
+        draws = SampleDraws(self.seed, self.epoch)
+        images, labels, valid = batch.images.numpy(), batch.labels.numpy(), batch.valid.numpy()
+        for slot, sample_id in zip(slots, batch.ids[slots.start : slots.stop].tolist(), strict=True):
+            label = self._write(sample_id, draws, images[slot], report) if valid[slot] else None
+            if label is None:
+                images[slot], labels[slot], valid[slot] = 0, 0, False
+            else:
+                labels[slot] = label
+        report.decode_seconds = time.perf_counter() - started
+        return report
+
+    def _write(self, sample_id: int, draws: SampleDraws, out: npt.NDArray[np.uint8], report: Report) -> int | None:
+        """Write one image and return its label; None if it is damaged and nothing may stand in for it."""
+        for attempt in range(1 + _MAX_SUBSTITUTES):
+            candidate = (sample_id + attempt) % len(self.source)
+            try:
+                return self._prepare(candidate, draws.of(sample_id), out)
+            except DamagedSampleError as error:
+                report.damaged.append((candidate, error))
+            if not self.substitute:
+                return None
+        raise DataError(
+            f"{1 + _MAX_SUBSTITUTES} samples in a row are damaged, from sample {sample_id} on; the last: "
+            f"{report.damaged[-1][1]}. Check the shards with `python -m data_pipeline.inspect`"
+        )
+
+    def _prepare(self, sample_id: int, rng: np.random.Generator, out: npt.NDArray[np.uint8]) -> int:
+        where = f"sample {sample_id}"
+        try:
+            sample = self.source.read(sample_id)
+            where = f"sample '{sample.key}' in shard {sample.shard}"
+            try:
+                pixels = decode_image(sample.image)
+            except DecodeError as error:
+                raise DamagedSampleError(sample.shard, sample.key, str(error)) from error
+            self.transform(pixels, rng, out)
+            return sample.label
+        except (DamagedSampleError, DataError):
+            raise
+        except Exception as error:
+            raise RuntimeError(f"{where} could not be prepared: {type(error).__name__}: {error}") from error

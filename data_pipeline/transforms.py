@@ -1,0 +1,125 @@
+"""Decoded pixels -> one slot of a batch: crop, resize, augment; and normalisation of a whole batch on its device."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from data_pipeline.augment import parse_rand_augment, random_crop_box, random_erase
+from data_pipeline.config import DataConfig, Interpolation
+
+Image = npt.NDArray[np.uint8]
+Transform = Callable[[Image, np.random.Generator, Image], None]
+"""(decoded image uint8 (H, W, 3), the sample's generator, slot of the batch uint8 (S, S, 3) to write)"""
+
+
+def train_transform(config: DataConfig) -> Transform:
+    """Random crop resized to the batch's size, flip, RandAugment and erasing, as configured, in this order.
+
+    Raises ValueError for a RandAugment string that is not understood.
+    """
+    augment = config.augment
+    rand_augment = parse_rand_augment(augment.rand_augment) if augment.rand_augment else None
+    red, green, blue = (round(255 * channel) for channel in config.mean)
+
+    def transform(image: Image, rng: np.random.Generator, out: Image) -> None:
+        top, left, height, width = random_crop_box(rng, image.shape[:2], augment.scale, augment.ratio)
+        flip_draw, erase_draw = rng.random(2).tolist()
+        resize(image[top : top + height, left : left + width], out, augment.interpolation)
+        if flip_draw < augment.horizontal_flip:
+            out[...] = mirror(out)
+        if rand_augment is not None:
+            out[...] = rand_augment(out, rng, (red, green, blue))
+        if erase_draw < augment.random_erasing:
+            random_erase(out, rng, augment.erasing_mode, config.mean, config.std)
+
+    return transform
+
+
+def eval_transform(config: DataConfig) -> Transform:
+    """Short side resized to image_size / eval_crop_pct (rounded down), then the central square; nothing is random.
+
+    Raises ValueError where eval_crop_pct is not in (0, 1].
+    """
+    if not 0 < config.eval_crop_pct <= 1:
+        raise ValueError(f"eval_crop_pct must be in (0, 1], not {config.eval_crop_pct}")
+    short_side = math.floor(config.image_size / config.eval_crop_pct)
+
+    def transform(image: Image, rng: np.random.Generator, out: Image) -> None:
+        height, width = image.shape[:2]
+        scale = short_side / min(height, width)
+        resized_height, resized_width = max(short_side, int(height * scale)), max(short_side, int(width * scale))
+        resized = np.empty((resized_height, resized_width, 3), np.uint8)
+        resize(image, resized, config.augment.interpolation)
+        top, left = round((resized_height - out.shape[0]) / 2), round((resized_width - out.shape[1]) / 2)
+        out[...] = resized[top : top + out.shape[0], left : left + out.shape[1]]
+
+    return transform
+
+
+def resize(image: Image, out: Image, interpolation: Interpolation) -> None:
+    """Resample `image`, uint8 (H, W, 3), onto `out`, uint8 (H', W', 3); equal sizes are copied unchanged.
+
+    "antialias" averages over the pixels that fall on one, as Pillow's bilinear filter does (torch); "linear" reads
+    four neighbours (OpenCV, or torch where OpenCV is missing); "area" is OpenCV's INTER_AREA. All run in the caller's
+    thread.
+    """
+    if image.shape == out.shape:
+        out[...] = image
+        return
+    cv2 = _cv2() if interpolation != "antialias" else None
+    if cv2 is not None:
+        method = cv2.INTER_LINEAR if interpolation == "linear" else cv2.INTER_AREA
+        cv2.resize(image, (out.shape[1], out.shape[0]), dst=out, interpolation=method)
+        return
+    if interpolation == "area":
+        raise ImportError("interpolation 'area' needs OpenCV: pip install opencv-python, or use 'antialias'")
+    source = image if image.flags.writeable else image.copy()  # torch insists, though it only reads
+    resized = torch.nn.functional.interpolate(
+        torch.from_numpy(source).permute(2, 0, 1).unsqueeze(0),
+        size=out.shape[:2],
+        mode="bilinear",
+        antialias=interpolation == "antialias",
+    )
+    out[...] = resized[0].permute(1, 2, 0).numpy()
+
+
+def mirror(image: Image) -> Image:
+    """The image with left and right exchanged."""
+    cv2 = _cv2()
+    mirrored: Image = cv2.flip(image, 1) if cv2 is not None else image[:, ::-1].copy()
+    return mirrored
+
+
+def normalize(
+    images: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """uint8 (n, H, W, 3) on any device -> (n, 3, H, W), channels_last, (x / 255 - mean) / std per channel.
+
+    Computed in at least float32 and then rounded to `dtype`. Raises TypeError for images that are not uint8.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"normalize takes uint8 images, not {images.dtype}")
+    precise = torch.promote_types(dtype, torch.float32)
+    scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
+    shift = torch.tensor(mean, dtype=torch.float64) * 255 * scale
+    pixels = images.to(precise)  # (n, H, W, 3) in memory, which is what channels_last means for (n, 3, H, W)
+    pixels.mul_(scale.to(images.device, precise)).sub_(shift.to(images.device, precise))
+    return pixels.to(dtype).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _cv2() -> ModuleType | None:
+    """OpenCV, told not to start threads of its own beside the loader's; None where it is not installed."""
+    try:
+        import cv2
+    except ImportError:
+        return None
+    cv2.setNumThreads(0)
+    return cv2
