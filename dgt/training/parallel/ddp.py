@@ -1,0 +1,33 @@
+"""Every rank holds the whole network; gradients are averaged in the last micro-batch's backward pass."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dgt.training.optim import OptimizerConfig
+from dgt.training.parallel.engine import Engine, EngineConfig
+from dgt.training.world import World
+
+
+class DdpEngine(Engine):
+    """DistributedDataParallel; a world of one needs no wrapper."""
+
+    def __init__(self, network: nn.Module, world: World, config: EngineConfig, optimizer: OptimizerConfig):
+        super().__init__(network.to(world.device), world, config, optimizer)
+        if world.size > 1:
+            devices = [world.device] if world.device.type == "cuda" else None
+            self.model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+
+    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        """Holds gradients back on this rank until the last micro-batch."""
+        return nullcontext() if last or self.model is self.network else self.model.no_sync()  # type: ignore[operator]
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """bfloat16 autocast where configured; weights and gradients stay float32."""
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)

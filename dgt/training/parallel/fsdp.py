@@ -1,0 +1,45 @@
+"""Each rank holds a shard of every parameter (FSDP2); a block's weights are whole only while it computes."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from dgt.models import DGTBlock
+from dgt.training.optim import OptimizerConfig
+from dgt.training.parallel.engine import Engine, EngineConfig
+from dgt.training.world import World
+
+
+class FsdpEngine(Engine):
+    """FSDP2's `fully_shard` around every DG-Attention block and around the rest."""
+
+    network: FSDPModule | nn.Module
+
+    def __init__(self, network: nn.Module, world: World, config: EngineConfig, optimizer: OptimizerConfig):
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        compute = torch.bfloat16 if config.precision == "bf16" else None
+        inner = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        outer = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, output_dtype=torch.float32)
+        network.to(world.device)
+        for block in [module for module in network.modules() if isinstance(module, DGTBlock)]:
+            fully_shard(block, mesh=mesh, mp_policy=inner)
+        fully_shard(network, mesh=mesh, mp_policy=outer)
+        super().__init__(network, world, config, optimizer)
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Any:
+        """Keeps whole gradients on this rank until the last micro-batch scatters their sum."""
+        self.network.set_requires_gradient_sync(last)
+        yield
+
+    def weights_replaced(self) -> None:
+        """Frees the gathered weights that FSDP keeps after a forward pass without a backward one."""
+        for module in self.network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

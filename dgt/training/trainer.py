@@ -1,0 +1,212 @@
+"""The loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from data_pipeline.loader import Batch, Loader, build_loader
+from dgt.tasks import Task, build_task
+from dgt.training import checkpoint, run_folder
+from dgt.training.ema import Ema
+from dgt.training.evaluate import evaluate
+from dgt.training.inputs import StepInputs, timed
+from dgt.training.interrupt import Interruption
+from dgt.training.monitor import Monitor, Size
+from dgt.training.parallel import Engine, build_engine
+from dgt.training.run_folder import RunFolder
+from dgt.training.schedule import learning_rate
+from dgt.training.state import DivergedError, Outcome, Progress
+from dgt.training.world import World, joined, set_threads
+
+if TYPE_CHECKING:
+    from dgt.config import Config
+
+log = logging.getLogger("dgt")
+
+
+def train(config: Config, interruption: Interruption | None = None) -> Outcome:
+    """Trains until the configured end or until a signal asks to stop, continuing from the newest checkpoint.
+
+    Every rank calls it with the same configuration; see `joined` for how ranks find each other. Raises
+    RunFolderError, CheckpointError, DivergedError, or the data pipeline's errors, on every rank alike.
+    """
+    with joined() as world, ExitStack() as stack:
+        set_threads(config.engine.threads)
+        folder = RunFolder(config.run_dir)
+        world.on_main(lambda: run_folder.claim(folder, run_folder.plain(config)))
+        task = build_task(config.task, config.model, config.data)
+        torch.manual_seed(config.seed)
+        engine = build_engine(task.build_model(), world, config.engine, config.optimizer)
+
+        def loader(split: str, batch_size: int, training: bool) -> Loader:
+            return stack.enter_context(
+                build_loader(
+                    config.data, split, train=training, global_batch_size=batch_size,
+                    rank=world.rank, world_size=world.size, seed=config.seed,
+                )
+            )  # fmt: skip
+
+        per_pass = config.steps.evaluate_batch_size or config.steps.micro_batch_size
+        return Trainer(
+            config,
+            world,
+            task,
+            engine,
+            loader(config.data.train_split, config.steps.global_batch_size, training=True),
+            loader(config.data.val_split, per_pass * world.size, training=False),
+            interruption or Interruption(),
+        ).run()
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        task: Task,
+        engine: Engine,
+        training_data: Loader,
+        validation_data: Loader,
+        interruption: Interruption,
+    ):
+        self.config, self.world, self.task, self.engine = config, world, task, engine
+        self.training_data, self.validation_data = training_data, validation_data
+        self.interruption = interruption
+        self.folder = RunFolder(config.run_dir)
+        self.ema = Ema(engine.network, config.ema) if config.ema.enabled else None
+        self.progress = Progress()
+        self.metrics: dict[str, float] | None = None
+        self.steps_per_epoch = len(training_data)
+        self.scheduled_steps = config.steps.epochs * self.steps_per_epoch
+        self.last_step = min(self.scheduled_steps, config.steps.max_steps or self.scheduled_steps)
+
+    def run(self) -> Outcome:
+        """The story: take up where the last attempt stopped; then step, evaluate, save, until the end or a signal."""
+        self.resume()
+        self.monitor = self.open_monitor()
+        try:
+            self.evaluate_if_due()  # one that an interruption has cut off
+            while not self.finished() and not (asked := self.asked_to_stop()):
+                for batch, waited in timed(self.training_data):
+                    self.step(batch, waited)
+                    self.evaluate_if_due()
+                    asked = self.asked_to_stop()
+                    if asked or self.save_is_due():
+                        self.save()
+                    if asked or self.finished():
+                        break
+            if self.finished():
+                return Outcome("finished", self.progress.step, metrics=self.metrics)
+            return Outcome("interrupted", self.progress.step, signal=self.asked_to_stop())
+        finally:
+            self.monitor.close()
+
+    def step(self, batch: Batch, waited: float) -> None:
+        """One optimizer step on this rank's share of a global batch; `waited`: seconds it took to come."""
+        started, steps, progress = time.perf_counter(), self.config.steps, self.progress
+        lr = learning_rate(
+            progress.step,
+            peak=self.config.optimizer.lr,
+            total_steps=self.scheduled_steps,
+            warmup_steps=round(self.config.schedule.warmup_epochs * self.steps_per_epoch),
+            config=self.config.schedule,
+        )
+        prepare = StepInputs(self.config, progress.step, self.world.device)
+        result = self.engine.train_step(
+            [slice(i, i + steps.micro_batch_size) for i in range(0, len(batch.labels), steps.micro_batch_size)],
+            lambda model, part: self.task.loss(model, prepare(batch, part)) / steps.global_batch_size,
+            lr,
+        )
+        if self.ema and not result.skipped:
+            self.ema.update(progress.step)
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
+        progress.step += 1
+        progress.data = self.training_data.state_dict()
+        scalars = {"train/loss": result.loss, "train/lr": lr, "train/grad_norm": result.grad_norm}
+        self.monitor.step(progress.step, time.perf_counter() - started + waited, waited, scalars)
+        if result.skipped:
+            self.report_skipped(batch)
+
+    def report_skipped(self, batch: Batch) -> None:
+        """Says which samples gave a gradient that is not finite. Raises DivergedError after too many such steps."""
+        progress, ids = self.progress, [int(i) for part in self.world.gather(batch.ids.tolist()) for i in part]
+        sentence = f"step {progress.step} skipped: its gradient is not finite (sample ids {ids})"
+        if progress.skipped_in_a_row >= self.config.steps.max_skipped_in_a_row:
+            raise DivergedError(f"{sentence}; it is the {progress.skipped_in_a_row}th in a row, so training stops")
+        log.warning(sentence)
+
+    def finished(self) -> bool:
+        """All steps are done and evaluated."""
+        return self.progress.step >= self.last_step and self.progress.evaluated_at == self.progress.step
+
+    def asked_to_stop(self) -> int:
+        """The signal that all ranks agree to obey; 0 = go on."""
+        return self.interruption.agreed(self.world)
+
+    def evaluate_if_due(self) -> None:
+        """At an epoch's end as configured and after the last step; one that is interrupted runs again on resume."""
+        step, every = self.progress.step, self.config.steps.evaluate_every_epochs * self.steps_per_epoch
+        if step == self.progress.evaluated_at or not (step >= self.last_step or (every and step % every == 0)):
+            return
+        with self.engine.averaged_weights(self.ema):
+            metrics = evaluate(
+                self.engine, self.task, self.validation_data, self.config.data, lambda: bool(self.asked_to_stop())
+            )
+        if metrics is None:
+            return
+        self.metrics, self.progress.evaluated_at = metrics, step
+        value = metrics[self.task.best_metric]
+        if self.progress.best_metric is None or value > self.progress.best_metric:
+            self.progress.best_metric, self.progress.best_step = value, step
+        self.monitor.evaluation(step, metrics)
+
+    def save_is_due(self) -> bool:
+        """At the configured steps, after an evaluation that was the best, and at the end."""
+        step = self.progress.step
+        return step % self.config.checkpoint.every_steps == 0 or step == self.progress.best_step or self.finished()
+
+    def tensors(self) -> dict[str, Any]:
+        """All tensors that decide the next step, in this rank's layout."""
+        return self.engine.state_dict() | ({"ema": self.ema.averages} if self.ema else {})
+
+    def save(self) -> None:
+        """Commits a checkpoint, then lets go of old ones. A failed save is reported and, if so configured, fatal."""
+        facts = {"progress": asdict(self.progress), "config": run_folder.plain(self.config)}
+        error = checkpoint.save(self.folder.checkpoints, self.progress.step, self.tensors(), facts, self.world)
+        if error and self.config.checkpoint.on_error == "stop":
+            raise checkpoint.CheckpointError(error)
+        if error:
+            log.error("%s; training goes on, the previous checkpoint stays", error)
+        elif self.world.is_main:
+            log.info("checkpoint of step %d saved", self.progress.step)
+            checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep_last, self.progress.best_step)
+
+    def resume(self) -> None:
+        """Continues from the newest whole checkpoint; without any, starts at step 0."""
+        folder = self.folder.checkpoints
+        self.world.on_main(lambda: checkpoint.discard_unfinished(folder))
+        found = self.world.on_main(lambda: checkpoint.newest(folder, log.warning))
+        if found is None:
+            log.info("starting at step 0: there is no checkpoint in %s", folder)
+            return
+        tensors = self.tensors()
+        checkpoint.read_tensors(found, tensors, self.world)
+        self.engine.load_state_dict(tensors)
+        self.progress = Progress(**found.manifest["progress"])
+        self.training_data.load_state_dict(self.progress.data)
+        log.info("resuming after step %d from %s", self.progress.step, found.path)
+
+    def open_monitor(self) -> Monitor:
+        """The reports of this attempt, from the step it starts at."""
+        network, side = self.engine.network, self.config.data.image_size
+        macs = network.macs(side, side) if hasattr(network, "macs") else None
+        size = Size(self.last_step, self.steps_per_epoch, self.config.steps.global_batch_size, self.world.size, macs)
+        return Monitor(self.config.monitor, self.folder, size, self.progress.step, self.world.is_main)
