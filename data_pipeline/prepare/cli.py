@@ -1,0 +1,176 @@
+"""The command line of `python -m data_pipeline.prepare`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_pipeline.prepare.build import LEFT_OUT_FILE, BuildOptions, Outcome, build
+from data_pipeline.prepare.digits import list_digits
+from data_pipeline.prepare.imagefolder import list_image_folder
+from data_pipeline.prepare.listing import Listing, ShardSize
+from data_pipeline.prepare.make_shard import printable
+from data_pipeline.shards.source import DataError
+
+EXIT_DONE, EXIT_ERROR, EXIT_LEFT_OUT, EXIT_INTERRUPTED = 0, 1, 3, 130
+_SHOWN_LEFT_OUT = 20
+
+_EPILOG = """\
+The output is OUT/SPLIT/shard-000000.tar ... (plain WebDataset tars: KEY.jpg and KEY.cls), an index beside each, and
+OUT/index.json, written last. The same input gives the same bytes. A run that was interrupted is continued by the same
+command: finished shards are verified and kept. A run on a finished output checks it and does nothing.
+
+exit codes: 0 done; 1 error, nothing usable or unfinished; 2 wrong usage; 3 done, but some images could not be read and
+are left out (they are listed, and written to OUT/left_out.jsonl); 130 interrupted.
+"""
+
+_IMAGEFOLDER_EPILOG = """\
+examples:
+  python -m data_pipeline.prepare imagefolder --src photos --out shards          photos/{train,val}/CLASS/*.jpg
+  python -m data_pipeline.prepare imagefolder --src photos --out shards --val-fraction 0.1      photos/CLASS/*.jpg
+
+Image files (jpg, jpeg, png, webp, bmp, ppm, tiff) are copied byte by byte. Each is decoded once, as strictly as
+training does it; what cannot be decoded is reported with its path. Classes are numbered in the order of their names.
+
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prepare shards as the arguments say; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    started = time.monotonic()
+    try:
+        listing = _list_source(arguments)
+        options = BuildOptions(arguments.shard_size, arguments.jobs, arguments.on_error == "stop")
+        outcome = build(listing, arguments.out, options)
+    except DataError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return EXIT_ERROR
+    except OSError as error:
+        print(f"error: {printable(str(error.filename))} cannot be read: {error.strerror}.", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue: finished shards are kept.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    _print_summary(arguments.out, listing, outcome, time.monotonic() - started)
+    return EXIT_LEFT_OUT if outcome.left_out else EXIT_DONE
+
+
+def _list_source(arguments: argparse.Namespace) -> Listing:
+    if arguments.converter == "digits":
+        return list_digits()
+    source, out = arguments.src.resolve(), arguments.out.resolve()
+    if out == source or source in out.parents:
+        raise DataError(f"--out {arguments.out} lies inside --src {arguments.src}; choose a folder outside of it.")
+    return list_image_folder(arguments.src, arguments.splits, arguments.val_fraction)
+
+
+def _print_summary(out: Path, listing: Listing, outcome: Outcome, seconds: float) -> None:
+    for entry in outcome.left_out[:_SHOWN_LEFT_OUT]:
+        print(f"left out: {printable(entry.path)}: {printable(entry.reason)}", file=sys.stderr)
+    if len(outcome.left_out) > _SHOWN_LEFT_OUT:
+        print(f"left out: {len(outcome.left_out) - _SHOWN_LEFT_OUT} more", file=sys.stderr)
+    if listing.ignored:
+        kinds = ", ".join(f"{kind} ({count:,})" for kind, count in listing.ignored.items())
+        print(f"passed over, being no images: {printable(kinds)}")
+    if outcome.was_finished:
+        print(f"{out} was complete already; nothing was done.")
+    total = 0
+    for name, split in outcome.index.splits.items():
+        total += split.total
+        size = split.tar_bytes.sum() / 1e6
+        left_out = f", {split.left_out:,} images left out" if split.left_out else ""
+        print(f"{name}: {split.total:,} images in {len(split)} shards, {size:,.1f} MB{left_out}")
+    if not outcome.was_finished:
+        rate = f"{total / seconds:,.0f} images/s, " if outcome.shards_kept == 0 else ""
+        print(
+            f"{out}: {len(outcome.index.classes):,} classes; {outcome.shards_written} shards written, "
+            f"{outcome.shards_kept} kept; {rate}{seconds:.1f} s"
+        )
+    if outcome.left_out:
+        print(f"{len(outcome.left_out):,} images could not be read and are left out: see {out / LEFT_OUT_FILE}")
+    print(f"look at it: python -m data_pipeline.inspect {out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m data_pipeline.prepare",
+        description="Turn images into shards for training.",
+        epilog=_EPILOG,
+        formatter_class=raw,
+    )
+    converters = parser.add_subparsers(dest="converter", required=True, metavar="imagefolder | digits")
+    folder = converters.add_parser(
+        "imagefolder",
+        help="folders of image files, one per class",
+        epilog=_IMAGEFOLDER_EPILOG + _EPILOG,
+        description="Turn SRC/{train,val}/CLASS/*.jpg into shards.",
+        formatter_class=raw,
+    )
+    folder.add_argument("--src", type=Path, required=True, metavar="DIR", help="the folder of images")
+    layout = folder.add_mutually_exclusive_group()
+    layout.add_argument(
+        "--splits",
+        nargs="+",
+        metavar="NAME",
+        help="folders of SRC to prepare; the first one's classes count (default: train val)",
+    )
+    layout.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help="SRC holds one folder per class: hold out this part of each, such as 0.1, as the split val",
+    )
+    digits = converters.add_parser(
+        "digits",
+        help="1,797 handwritten digits that come with scikit-learn",
+        epilog=_EPILOG,
+        formatter_class=raw,
+        description="The UCI handwritten digits as 64x64 JPEGs: 1,437 to train on, 360 held out. No download.",
+    )
+    for converter in (folder, digits):
+        _add_common_arguments(converter)
+    return parser
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the shards")
+    parser.add_argument(
+        "--shard-size",
+        type=_shard_size,
+        default=ShardSize.parse("64MB"),
+        metavar="SIZE",
+        help="where a shard ends: samples (10000) or bytes (64MB, 256MiB); default 64MB",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=_jobs,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes; default: the %(default)s cores this program may use",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("skip", "stop"),
+        default="skip",
+        help="at an unreadable image: leave it out, report it and end with exit code 3 (skip, the default); "
+        "or stop at once with exit code 1",
+    )
+
+
+def _shard_size(text: str) -> ShardSize:
+    try:
+        return ShardSize.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of processes; give 1 or more")
+    return int(text)

@@ -1,0 +1,54 @@
+"""Looking at one image file before it goes into a shard."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from data_pipeline.decode import DecodeError, decode_image
+from data_pipeline.shards.shard_index import SUBSAMPLINGS
+
+_JPEG_START = b"\xff\xd8"
+
+
+class UnreadableImageError(Exception):
+    """The file cannot be used for training; the message says why."""
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the index says about an image."""
+
+    width: int
+    height: int
+    subsampling: str
+
+
+def examine(data: bytes) -> ImageFacts:
+    """Decode an image exactly as strictly as training will, and say what it is; raises UnreadableImageError."""
+    if not data:
+        raise UnreadableImageError("the file is empty")
+    try:
+        decode_image(data)
+        return _jpeg_facts(data) if data[:2] == _JPEG_START else _other_facts(data)
+    except DecodeError as error:
+        raise UnreadableImageError(str(error)) from error
+    except Exception as error:  # image libraries fail in many ways on bytes from outside; each is reported by its path
+        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _jpeg_facts(data: bytes) -> ImageFacts:
+    try:
+        import simplejpeg
+    except ImportError:
+        return _other_facts(data)
+    height, width, _, subsampling = simplejpeg.decode_jpeg_header(data)
+    return ImageFacts(width, height, subsampling if subsampling in SUBSAMPLINGS else "other")
+
+
+def _other_facts(data: bytes) -> ImageFacts:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        subsampling = "other" if image.format == "JPEG" else "not a JPEG"
+        return ImageFacts(image.width, image.height, subsampling)

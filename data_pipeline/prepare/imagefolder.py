@@ -1,0 +1,149 @@
+"""Folders of image files: SRC/SPLIT/CLASS/**.jpg, or SRC/CLASS/**.jpg from which a part is held out."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from data_pipeline.prepare.listing import Item, Listing, hold_out, unique_keys
+from data_pipeline.shards.source import DataError
+
+EXTENSIONS = ("jpg", "jpeg", "jpe", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff")
+"""What counts as an image, in lower or upper case."""
+
+
+def list_image_folder(source: Path, splits: Sequence[str] | None, val_fraction: float | None) -> Listing:
+    """List a tree of images.
+
+    With `val_fraction`, `source` holds one folder per class, and that part of each class becomes the split "val".
+    Without it, `source` holds one folder per split (`splits`, by default train and val) with one folder per class in
+    each; the classes of the first split are the classes of the set, in the order of their names.
+
+    Raises DataError where folders are missing or empty, or where a later split has a class that the first has not.
+    """
+    if not source.is_dir():
+        raise DataError(f"There is no folder {source}.")
+    ignored: Counter[str] = Counter()
+    if val_fraction is not None:
+        classes = _class_folders(source)
+        train, val = _held_out(_items(source, source, classes, ignored), val_fraction, source)
+        options = {"val_fraction": str(val_fraction)}
+        return _listing(source, options, classes, {"train": train, "val": val}, ignored)
+    names = list(splits) if splits else ["train", "val"]
+    _require_splits(source, names, chosen=bool(splits))
+    classes = _class_folders(source / names[0])
+    found = {}
+    for split in names:
+        _require_known_classes(source / split, classes, source / names[0])
+        found[split] = _items(source, source / split, classes, ignored)
+    return _listing(source, {"splits": " ".join(names)}, classes, found, ignored)
+
+
+def _listing(
+    source: Path, options: dict[str, str], classes: list[str], splits: dict[str, list[Item]], ignored: Counter[str]
+) -> Listing:
+    first = next(iter(splits))
+    for split, items in splits.items():
+        if not items:
+            raise DataError(f"{source} holds no images for the split '{split}' (looked for .{', .'.join(EXTENSIONS)}).")
+    trained = {item.label for item in splits[first]}
+    empty = [name for label, name in enumerate(classes) if label not in trained]
+    if empty:
+        raise DataError(
+            f"{_some(empty)}: no image of this class for the split '{first}' in {source} "
+            f"(looked for .{', .'.join(EXTENSIONS)}). Delete the empty folder or add images."
+        )
+    read = functools.partial(read_file, source)
+    return Listing("imagefolder", options, tuple(classes), splits, read, dict(sorted(ignored.items())))
+
+
+def read_file(source: Path, name: str) -> bytes:
+    """The bytes of one file of the tree."""
+    return (source / name).read_bytes()
+
+
+def _require_splits(source: Path, names: list[str], chosen: bool) -> None:
+    missing = [name for name in names if not (source / name).is_dir()]
+    if not missing:
+        return
+    if chosen or len(missing) < len(names):
+        have = ", ".join(sorted(entry.name for entry in source.iterdir() if entry.is_dir())[:10]) or "no folder at all"
+        raise DataError(f"{source} has no folder {' or '.join(missing)}; it has {have}. Name its splits with --splits.")
+    raise DataError(
+        f"{source} has neither train/ nor val/. Name its splits with --splits; or, where it holds one folder per "
+        "class, say how much of each class to hold out, such as --val-fraction 0.1."
+    )
+
+
+def _require_known_classes(folder: Path, classes: list[str], first: Path) -> None:
+    unknown = sorted(set(_class_folders(folder)) - set(classes))
+    if unknown:
+        raise DataError(f"{folder} has classes that {first} has not: {_some(unknown)}.")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _class_folders(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise DataError(f"{folder} is empty: it should hold one folder of images per class.")
+    return names
+
+
+def _items(source: Path, folder: Path, classes: list[str], ignored: Counter[str]) -> list[Item]:
+    """All images below the class folders that are there, sorted by path."""
+    found: list[tuple[str, int, int, float]] = []
+    for label, name in enumerate(classes):
+        if (folder / name).is_dir():
+            for entry in sorted(_walk(folder / name, ignored), key=lambda entry: entry.path):
+                size, modified = _size_and_time(entry)
+                found.append((os.path.relpath(entry.path, source), label, size, modified))
+    prefix = os.path.relpath(folder, source) + os.sep if folder != source else ""
+    keys = unique_keys(str(PurePosixPath(path.removeprefix(prefix)).with_suffix("")) for path, *_ in found)
+    return [Item(key, *entry) for key, entry in zip(keys, found, strict=True)]
+
+
+def _walk(folder: Path, ignored: Counter[str]) -> Iterator[os.DirEntry[str]]:
+    """Image files at any depth. Links are followed; a folder that was visited already (a link in a circle) is not."""
+    pending, visited = [str(folder)], set()
+    while pending:
+        path = pending.pop()
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in visited:
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        with os.scandir(path) as entries:
+            for entry in entries:
+                extension = os.path.splitext(entry.name)[1].lower()
+                if entry.name.startswith("."):
+                    ignored["hidden"] += 1
+                elif entry.is_dir():
+                    pending.append(entry.path)
+                elif extension.removeprefix(".") in EXTENSIONS and (entry.is_file() or entry.is_symlink()):
+                    yield entry
+                else:
+                    ignored[extension or "without extension"] += 1
+
+
+def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, float]:
+    try:
+        status = entry.stat()
+    except FileNotFoundError:  # a link that leads nowhere: reading it fails later, and is reported then
+        return 0, 0.0
+    return status.st_size, status.st_mtime
+
+
+def _held_out(items: list[Item], fraction: float, source: Path) -> tuple[list[Item], list[Item]]:
+    if not 0 < fraction < 1:
+        raise DataError(f"--val-fraction must lie between 0 and 1, not {fraction}.")
+    count = round(fraction * len(items))
+    if not 0 < count < len(items):
+        raise DataError(
+            f"--val-fraction {fraction} of the {len(items)} images in {source} leaves a split without images."
+        )
+    return hold_out(items, count)

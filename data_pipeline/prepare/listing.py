@@ -1,0 +1,144 @@
+"""What a converter says about its source, and pure functions on it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from data_pipeline.shards.writer import member_bytes
+
+_UNSAFE_IN_KEY = re.compile(r"[.\\\x00-\x1f\x7f\ud800-\udfff]")
+_DATA_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image of the source, not yet read."""
+
+    key: str
+    """Its key in the shards: unique within the split, without a dot."""
+
+    name: str
+    """What the source calls it (for a folder: the path within it); its extension is that of the image."""
+
+    label: int
+    size: int
+    """Bytes of the image file."""
+
+    modified: float = 0.0
+    """When the file was last changed, in seconds since 1970; 0 where images cannot change."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Everything a source holds."""
+
+    converter: str
+    """Name of the command that made it."""
+
+    options: dict[str, str]
+    """What the user chose and the result depends on."""
+
+    classes: tuple[str, ...]
+    splits: dict[str, list[Item]]
+
+    read: Callable[[str], bytes]
+    """The bytes of the image with a given name; picklable, as other processes call it. Raises OSError."""
+
+    ignored: dict[str, int] = field(default_factory=dict)
+    """How many files of which kind were passed over because they are no images."""
+
+
+@dataclass(frozen=True)
+class ShardSize:
+    """Where one shard ends: at a number of samples, or before its tar gets larger than a number of bytes."""
+
+    text: str
+    """As the user wrote it."""
+
+    samples: int | None
+    tar_bytes: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> ShardSize:
+        """ "10000" is a number of samples, "64MB" or "256MiB" a number of bytes. Raises ValueError."""
+        match = re.fullmatch(r"(\d+)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+        unit = match[2].upper() if match else None
+        if match is None or unit not in _DATA_UNITS or int(match[1]) == 0:
+            raise ValueError(
+                f"'{text}' is no shard size; give samples, such as 10000, or bytes, such as 64MB or 256MiB"
+            )
+        number = int(match[1]) * _DATA_UNITS[unit]
+        return cls(text, number, None) if unit == "" else cls(text, None, number)
+
+
+def unique_keys(names: Iterable[str]) -> list[str]:
+    """A key for each name (a path without its extension): dots and control characters become "_".
+
+    Where two names lead to the same key (`a.b` and `a_b`, or one stem with two extensions), the later one gets "~2",
+    "~3", ... at its end. Depends on nothing but the sequence of names.
+    """
+    taken: set[str] = set()
+    keys = []
+    for name in names:
+        stem = _UNSAFE_IN_KEY.sub("_", name)
+        key, count = stem, 1
+        while key in taken:
+            count += 1
+            key = f"{stem}~{count}"
+        taken.add(key)
+        keys.append(key)
+    return keys
+
+
+def mixed(items: Iterable[Item]) -> list[Item]:
+    """The items in an order that mixes the classes: by a digest of their keys, so that it is the same for ever."""
+    return sorted(items, key=lambda item: (digest(item.key), item.key))
+
+
+def digest(key: str) -> bytes:
+    """Eight bytes that look random and depend on the key alone."""
+    return hashlib.blake2b(key.encode(), digest_size=8).digest()
+
+
+def cut_into_shards(items: Sequence[Item], size: ShardSize) -> list[list[Item]]:
+    """Consecutive runs of items, each as long as `size` allows and at least one item long."""
+    shards: list[list[Item]] = []
+    filled = 0
+    for item in items:
+        needed = member_bytes(item.size)
+        full = not shards or (
+            len(shards[-1]) >= size.samples if size.samples is not None else filled + needed > (size.tar_bytes or 0)
+        )
+        if full:
+            shards.append([])
+            filled = 0
+        shards[-1].append(item)
+        filled += needed
+    return shards
+
+
+def hold_out(items: Sequence[Item], count: int) -> tuple[list[Item], list[Item]]:
+    """Split into (rest, `count` held out), each class in proportion (largest remainder), by digest of the key."""
+    by_class: dict[int, list[Item]] = {}
+    for item in mixed(items):
+        by_class.setdefault(item.label, []).append(item)
+    shares = {label: count * len(members) / len(items) for label, members in sorted(by_class.items())}
+    quotas = {label: int(share) for label, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda label: (quotas[label] - shares[label], label))
+    for label in by_remainder[: count - sum(quotas.values())]:
+        quotas[label] += 1
+    held = {item.key for label, members in by_class.items() for item in members[: quotas[label]]}
+    return [item for item in items if item.key not in held], [item for item in items if item.key in held]
+
+
+def source_digest(listing: Listing) -> str:
+    """Tells one source from another: classes, and the keys and labels of every split. Not the images' content."""
+    result = hashlib.sha256("\n".join(listing.classes).encode(errors="surrogateescape"))
+    for split, items in sorted(listing.splits.items()):
+        result.update(f"\n\n{split}".encode())
+        for item in sorted(items, key=lambda item: item.key):
+            result.update(f"\n{item.label} {item.key}".encode())
+    return result.hexdigest()

@@ -1,0 +1,113 @@
+"""Running shard jobs in several processes, with a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.sharedctypes import Synchronized
+
+from data_pipeline.prepare.make_shard import ShardJob, ShardResult, make_shard
+from data_pipeline.shards.source import DataError
+
+_REFRESH_SECONDS = 0.2
+
+_images_done: Synchronized[int]
+
+
+def run_jobs(jobs: list[ShardJob], processes: int) -> list[ShardResult]:
+    """Make all shards, in `processes` processes; results come in the order of `jobs`. The first error ends it."""
+    total = sum(len(job.items) for job in jobs)
+    with _progress(total) as update:
+        if processes == 1 or len(jobs) == 1:
+            return [make_shard(job, update) for job in jobs]
+        return _run_in_pool(jobs, min(processes, len(jobs)), update)
+
+
+def _run_in_pool(jobs: list[ShardJob], processes: int, update: Callable[[int], None]) -> list[ShardResult]:
+    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks in whatever state they are
+    counter = context.Value("q", 0)
+    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(counter,))
+    try:
+        futures = [pool.submit(_make_shard_in_worker, job) for job in jobs]
+        shown = 0
+        while not _all_ended(futures):
+            done = counter.value
+            update(done - shown)
+            shown = done
+        return [future.result() for future in futures]
+    except BrokenProcessPool as error:
+        raise DataError(
+            "A worker process died (out of memory?). Run the same command again, with fewer --jobs: "
+            "finished shards are kept."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _all_ended(futures: list[Future[ShardResult]]) -> bool:
+    """Wait a moment; True when every job has ended, raises what the first failed one raised."""
+    ended, running = wait(futures, timeout=_REFRESH_SECONDS, return_when=FIRST_EXCEPTION)
+    for future in ended:
+        future.result()
+    return not running
+
+
+def _start_worker(counter: Synchronized[int]) -> None:
+    global _images_done
+    _images_done = counter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed must not write on, unseen, beside the run that continues the work."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _make_shard_in_worker(job: ShardJob) -> ShardResult:
+    return make_shard(job, _count)
+
+
+def _count(images: int) -> None:
+    with _images_done.get_lock():
+        _images_done.value += images
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error; yields the function to tell of each n images dealt with."""
+    try:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+    except ImportError as error:
+        raise DataError("The progress bar needs the package rich: pip install rich") from error
+    columns = (
+        TextColumn("preparing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images, elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("remaining"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(file=sys.stderr)) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda images: bar.advance(task, images)

@@ -1,0 +1,225 @@
+"""Random access to the samples of tar shards, through their index, from any number of threads."""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+import threading
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.config import DataConfig
+from data_pipeline.shards import set_index, shard_index
+from data_pipeline.shards.set_index import SplitIndex
+from data_pipeline.shards.source import DamagedSampleError, DataError, RawSample
+
+_MAX_OPEN_SHARDS = 512
+
+
+def open_source(config: DataConfig, split: str) -> TarSource:
+    """Open one split of the prepared shards in `config.path`.
+
+    Every shard must be there with the size that the index states, and the number of classes must be
+    `config.num_classes`. Raises DataError saying what is wrong and what to do.
+    """
+    if not config.path:
+        raise DataError(
+            "No data set was named: set the data path to a folder made by `python -m data_pipeline.prepare`."
+        )
+    folder = Path(config.path)
+    index = set_index.load(folder)
+    if split not in index.splits:
+        raise DataError(f"{folder} has no split '{split}'; it has {', '.join(sorted(index.splits))}.")
+    if len(index.classes) != config.num_classes:
+        raise DataError(f"{folder} has {len(index.classes)} classes, but the configuration says {config.num_classes}.")
+    check_files(folder / split, index.splits[split])
+    return TarSource(folder, split, index)
+
+
+def check_files(folder: Path, split: SplitIndex) -> None:
+    """Check that every shard and its index exist with the stated sizes; one DataError names those that do not."""
+    problems = file_problems(folder, split)
+    if not problems:
+        return
+    listed = "; ".join(f"{folder / name} {what}" for name, what in problems[:5])
+    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    raise DataError(
+        f"{listed}{more}. Run the prepare command that made {folder.parent} again (it rebuilds only what is missing), "
+        "or copy the files anew."
+    )
+
+
+def file_problems(folder: Path, split: SplitIndex) -> list[tuple[str, str]]:
+    """(file name, what is wrong) of every shard or index in `folder` that is missing or has another size."""
+    try:
+        with os.scandir(folder) as entries:
+            sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    except FileNotFoundError:
+        sizes = {}
+    problems = []
+    for name, tar_bytes, index_bytes in zip(split.names, split.tar_bytes, split.index_bytes, strict=True):
+        for file_name, expected in ((name, tar_bytes), (_index_name(name), index_bytes)):
+            size = sizes.get(file_name)
+            if size is None:
+                problems.append((file_name, "is missing"))
+            elif size == 0:
+                problems.append((file_name, "is empty"))
+            elif size < expected:
+                problems.append((file_name, f"is cut short ({size:,} of {expected:,} bytes)"))
+            elif size > expected:
+                problems.append((file_name, f"has {size:,} bytes instead of {expected:,}"))
+    return problems
+
+
+class TarSource:
+    """One split of prepared shards; a data_pipeline.shards.source.Source.
+
+    Nothing is held per sample: a read finds its place in the shard's index file, then reads the image's bytes. At
+    most a bounded number of shards is open at a time; the least recently used are closed first.
+    """
+
+    def __init__(self, folder: Path, split: str, index: set_index.SetIndex) -> None:
+        self._folder = folder
+        self._split = split
+        self._shards = index.splits[split]
+        self._first = np.concatenate(([0], np.cumsum(self._shards.samples)))
+        self._classes = index.classes
+        self._fingerprint = index.fingerprint(split)
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @property
+    def num_classes(self) -> int:
+        return len(self._classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self._classes
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @property
+    def shard_sizes(self) -> npt.NDArray[np.int64]:
+        """Number of samples in each shard, (shards,); sample ids count through the shards in this order."""
+        return self._shards.samples
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def read(self, index: int) -> RawSample:
+        """The sample at `index`, its bytes proved to be those that were written.
+
+        Raises DamagedSampleError where they are not, IndexError out of range, DataError for a shard whose files were
+        taken away or replaced.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)} in {self._folder / self._split}")
+        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        row = index - int(self._first[number])
+        name = f"{self._split}/{self._shards.names[number]}"
+        shard = self._shard(number)
+        try:
+            record = shard_index.read_record(shard.read_index, shard.header, row)
+            image = shard.read_tar(record.size, record.offset)
+        except ValueError as error:
+            raise DamagedSampleError(name, f"number {row}", str(error)) from error
+        except OSError as error:
+            raise DataError(f"shard {self._folder / name} cannot be read: {error}") from error
+        if len(image) != record.size:
+            raise DamagedSampleError(name, record.key, "the shard ends within the image: it was cut short")
+        if zlib.crc32(image) != record.crc32:
+            raise DamagedSampleError(name, record.key, "the image's bytes were changed (checksum differs)")
+        return RawSample(record.key, image, record.label, name)
+
+    def close(self) -> None:
+        """Close all files. Reading afterwards is an error."""
+        with self._lock:
+            self._closed = True
+            self._open.clear()
+
+    def _shard(self, number: int) -> _OpenShard:
+        with self._lock:
+            if self._closed:
+                raise ValueError("the source was closed")
+            shard = self._open.get(number)
+            if shard is not None:
+                self._open.move_to_end(number)
+                return shard
+        shard = self._open_shard(number)
+        with self._lock:
+            if not self._closed:
+                shard = self._open.setdefault(number, shard)
+                while len(self._open) > max_open_shards():
+                    self._open.popitem(last=False)
+        return shard
+
+    def _open_shard(self, number: int) -> _OpenShard:
+        path = self._folder / self._split / self._shards.names[number]
+        try:
+            shard = _OpenShard(path)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"shard {path} cannot be used any more: {error}. It was there when it was opened."
+            ) from error
+        header = shard.header
+        stated = (int(self._shards.samples[number]), self._shards.sha256[number])
+        if (header.samples, header.tar_sha256.hex()) != stated:
+            raise DataError(
+                f"{path.with_suffix(shard_index.SUFFIX)} belongs to another shard than {path}: "
+                f"it does not fit {self._folder / set_index.FILE_NAME}. Prepare or copy the data set anew."
+            )
+        return shard
+
+
+class _OpenShard:
+    """The two open files of a shard. They are closed when the last thread that reads from them lets go of this object,
+    so that taking it out of the table of open shards never pulls a file from under a reader."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptors: list[int] = []
+        for file in (path, path.with_suffix(shard_index.SUFFIX)):
+            self._descriptors.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+        self._tar, self._index = self._descriptors
+        self.header = shard_index.parse_header(self.read_index(shard_index.HEADER.size, 0))
+
+    def read_tar(self, size: int, offset: int) -> bytes:
+        return _pread(self._tar, size, offset)
+
+    def read_index(self, size: int, offset: int) -> bytes:
+        return _pread(self._index, size, offset)
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    """Read `size` bytes at `offset`, or what there is before the end of the file."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:  # a network file system may return less than asked for
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _index_name(tar_name: str) -> str:
+    return str(Path(tar_name).with_suffix(shard_index.SUFFIX))
+
+
+@functools.cache
+def max_open_shards() -> int:
+    """How many shards (of two files each) a source keeps open: a fraction of what the process may open."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if allowed == resource.RLIM_INFINITY:
+        return _MAX_OPEN_SHARDS
+    return max(8, min(_MAX_OPEN_SHARDS, allowed // 8))

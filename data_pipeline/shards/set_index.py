@@ -1,0 +1,155 @@
+"""The index of a whole data set: `index.json`, beside one folder of shards per split.
+
+    OUT/index.json                 classes, and per split: shards with their samples, sizes and SHA-256; written last
+    OUT/SPLIT/shard-000000.tar     KEY.jpg and KEY.cls for each sample, as webdataset reads them
+    OUT/SPLIT/shard-000000.idx     where each sample lies in that tar (data_pipeline.shards.shard_index)
+
+A folder without index.json is one that was never finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.shards.source import DataError
+
+FILE_NAME = "index.json"
+FORMAT = "webdataset-shards"
+VERSION = 1
+_COLUMNS = ("name", "samples", "bytes", "index_bytes", "sha256")
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """One split's shards as columns: entry i of each describes shard i."""
+
+    names: tuple[str, ...]
+    """File names of the tars."""
+
+    samples: npt.NDArray[np.int64]
+    """Number of samples in each shard, (shards,)."""
+
+    tar_bytes: npt.NDArray[np.int64]
+    """Size of each tar, (shards,)."""
+
+    index_bytes: npt.NDArray[np.int64]
+    """Size of each shard's index file, (shards,)."""
+
+    sha256: tuple[str, ...]
+    """Of each tar, in hexadecimal."""
+
+    left_out: int
+    """Images of the source that could not be read and are therefore not in the shards."""
+
+    def __len__(self) -> int:
+        """Number of shards."""
+        return len(self.names)
+
+    @property
+    def total(self) -> int:
+        """Number of samples."""
+        return int(self.samples.sum())
+
+
+@dataclass(frozen=True)
+class SetIndex:
+    """Everything index.json holds."""
+
+    classes: tuple[str, ...]
+    splits: dict[str, SplitIndex]
+
+    def fingerprint(self, split: str) -> str:
+        """A digest of the classes and of a split's samples, labels and places (all of which the tars hold)."""
+        index = self.splits[split]
+        return _digest([FORMAT, VERSION, list(self.classes), index.samples.tolist(), list(index.sha256)])
+
+
+def to_bytes(index: SetIndex) -> bytes:
+    """The content of index.json."""
+    splits = {name: _split_to_json(index, name) for name in index.splits}
+    content = {"format": FORMAT, "version": VERSION, "classes": list(index.classes), "splits": splits}
+    content["fingerprint"] = _digest({name: split["fingerprint"] for name, split in splits.items()})
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _split_to_json(index: SetIndex, name: str) -> dict[str, Any]:
+    split = index.splits[name]
+    columns = (split.names, split.samples.tolist(), split.tar_bytes.tolist(), split.index_bytes.tolist(), split.sha256)
+    return {
+        "samples": split.total,
+        "left_out": split.left_out,
+        "fingerprint": index.fingerprint(name),
+        "shards": dict(zip(_COLUMNS, columns, strict=True)),
+    }
+
+
+def load(folder: Path) -> SetIndex:
+    """Read and check index.json; raises DataError where it is missing, damaged or of another kind."""
+    path = folder / FILE_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(_why_missing(folder)) from None
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}. {_REMEDY}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{path} is not the index of a set of shards made by `python -m data_pipeline.prepare`.")
+    if content.get("version") != VERSION:
+        raise DataError(f"{path} has format version {content.get('version')}; this program reads version {VERSION}.")
+    try:
+        index = SetIndex(
+            classes=tuple(content["classes"]),
+            splits={str(name): _split_from_json(split) for name, split in content["splits"].items()},
+        )
+        stated = {name: split["fingerprint"] for name, split in content["splits"].items()}
+        sound = (
+            all(index.fingerprint(name) == stated[name] for name in stated)
+            and _digest(stated) == content["fingerprint"]
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}). {_REMEDY}") from error
+    if not sound:
+        raise DataError(f"{path} was damaged or edited: its fingerprint does not fit its content. {_REMEDY}")
+    return index
+
+
+_REMEDY = "Delete it and run the prepare command again: finished shards are kept."
+
+
+def _why_missing(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"There is no folder {folder}. Prepare shards with `python -m data_pipeline.prepare --help`."
+    if (folder.parent / FILE_NAME).is_file():
+        return f"{folder} is one split of a data set; give the folder above it, {folder.parent}."
+    return (
+        f"{folder} holds no {FILE_NAME}: it is no folder of prepared shards, or preparing it was interrupted. "
+        "Run the same `python -m data_pipeline.prepare` command (again) to finish it."
+    )
+
+
+def _split_from_json(split: dict[str, Any]) -> SplitIndex:
+    names, samples, tar_bytes, index_bytes, sha256 = (split["shards"][column] for column in _COLUMNS)
+    counts = (len(names), len(samples), len(tar_bytes), len(index_bytes), len(sha256))
+    if len(set(counts)) != 1:
+        raise ValueError("the columns of the shard table have different lengths")
+    if any("/" in name or name.startswith(".") for name in names):
+        raise ValueError("a shard's name points outside its folder")
+    return SplitIndex(
+        names=tuple(names),
+        samples=np.array(samples, dtype=np.int64),
+        tar_bytes=np.array(tar_bytes, dtype=np.int64),
+        index_bytes=np.array(index_bytes, dtype=np.int64),
+        sha256=tuple(sha256),
+        left_out=int(split["left_out"]),
+    )
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
