@@ -12,7 +12,7 @@ from torch import nn
 class ModelConfig:
     """Which network to train."""
 
-    name: str
+    name: str = "dgt_tiny"
     """A model name known to timm; `dgt_nano`, `dgt_tiny`, `dgt_small`, `dgt_base`, `dgt_base_384` are ours."""
     drop_path_rate: float = 0.0
     """Stochastic depth of the last block; earlier blocks rise to it linearly from zero."""

@@ -317,7 +317,7 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def dgt_nano(pretrained: bool = False, **kwargs: Any) -> DGT:
     """For tests and small images: at 64 pixels, stages 1 and 2 (256 and 64 tokens) group. Ours, not the paper's."""
-    arch = Architecture(embed_dims=(32, 64, 128, 192), depths=(1, 1, 2, 1), num_groups=8, top_k=16)
+    arch = Architecture(embed_dims=(32, 64, 128, 160), depths=(1, 1, 2, 1), num_groups=8, top_k=16)
     return _create_dgt("dgt_nano", pretrained, arch, **kwargs)
 
 
