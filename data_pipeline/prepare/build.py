@@ -74,8 +74,10 @@ def _build_locked(listing: Listing, out: Path, options: BuildOptions) -> Outcome
     for split in plan:
         (out / split).mkdir(exist_ok=True)
         _remove_unfinished(out / split)
-    _require_space(out, jobs)
-    results = iter(run_jobs(jobs, options.jobs))
+    missing = [job for job in jobs if not job.path.with_suffix(shard_index.SUFFIX).exists()]
+    _require_space(out, missing)
+    processes = 1 if finished and not missing else options.jobs  # looking at what is there is quick
+    results = iter(run_jobs(jobs, processes))
     by_split = {split: [next(results) for _ in split_jobs] for split, split_jobs in plan.items()}
     for split, split_jobs in plan.items():
         _remove_leftover_shards(out / split, split_jobs)
@@ -194,8 +196,7 @@ def _remove_leftover_shards(folder: Path, jobs: list[ShardJob]) -> None:
 
 
 def _require_space(out: Path, jobs: list[ShardJob]) -> None:
-    missing = [job for job in jobs if not job.path.with_suffix(shard_index.SUFFIX).exists()]
-    needed = sum(member_bytes(item.size) for job in missing for item in job.items)
+    needed = sum(member_bytes(item.size) for job in jobs for item in job.items)
     free = shutil.disk_usage(out).free
     if needed > free:
         raise DataError(f"The disk of {out} has {free / 1e9:.1f} GB free; the shards need {needed / 1e9:.1f} GB.")

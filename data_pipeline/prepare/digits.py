@@ -22,30 +22,28 @@ _BRIGHTEST = 16  # each of the 8x8 values counts the set pixels of a 4x4 block o
 
 def list_digits() -> Listing:
     """The digits as grayscale JPEGs of 64x64: 1,437 to train on and 360 held out, every class in proportion."""
-    _, labels = _scans()
-    names = [f"digit-{number:04d}.jpg" for number in range(len(labels))]
-    items = [
-        Item(name.removesuffix(".jpg"), name, int(label), len(read_digit(name)))
-        for name, label in zip(names, labels, strict=True)
-    ]
+    scans, labels = _scans()
+    files = {f"digit-{number:04d}": _jpeg(scan) for number, scan in enumerate(scans)}
+    items = [Item(key, f"{key}.jpg", int(label), len(files[key])) for key, label in zip(files, labels, strict=True)]
     train, val = hold_out(items, VALIDATION_IMAGES)
     classes = tuple(str(digit) for digit in range(10))
-    return Listing("digits", {}, classes, {"train": train, "val": val}, read_digit)
+    return Listing("digits", {}, classes, {"train": train, "val": val}, functools.partial(_read, files))
 
 
-def read_digit(name: str) -> bytes:
-    """The JPEG file of the digit called `name`, enlarged smoothly (bicubic)."""
+def _read(files: dict[str, bytes], name: str) -> bytes:
+    return files[name.removesuffix(".jpg")]
+
+
+def _jpeg(scan: npt.NDArray[np.uint8]) -> bytes:
+    """A scan enlarged smoothly (bicubic), as a JPEG file."""
     from PIL import Image
 
-    images, _ = _scans()
-    scan = images[int(name.removeprefix("digit-").removesuffix(".jpg"))]
     enlarged = Image.fromarray(scan).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     enlarged.save(file, "JPEG", quality=_JPEG_QUALITY)
     return file.getvalue()
 
 
-@functools.cache
 def _scans() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Images (1797, 8, 8) on the scale 0 to 255, and labels (1797,)."""
     try:

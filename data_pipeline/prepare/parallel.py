@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import Synchronized
 
 from data_pipeline.prepare.make_shard import ShardJob, ShardResult, make_shard
+from data_pipeline.progress import progress_bar
 from data_pipeline.shards.source import DataError
 
 _REFRESH_SECONDS = 0.2
@@ -25,7 +24,7 @@ _images_done: Synchronized[int]
 def run_jobs(jobs: list[ShardJob], processes: int) -> list[ShardResult]:
     """Make all shards, in `processes` processes; results come in the order of `jobs`. The first error ends it."""
     total = sum(len(job.items) for job in jobs)
-    with _progress(total) as update:
+    with progress_bar("preparing", total) as update:
         if processes == 1 or len(jobs) == 1:
             return [make_shard(job, update) for job in jobs]
         return _run_in_pool(jobs, min(processes, len(jobs)), update)
@@ -37,8 +36,9 @@ def _run_in_pool(jobs: list[ShardJob], processes: int, update: Callable[[int], N
     pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(counter,))
     try:
         futures = [pool.submit(_make_shard_in_worker, job) for job in jobs]
-        shown = 0
-        while not _all_ended(futures):
+        shown, running = 0, True
+        while running:
+            running = _still_running(futures)
             done = counter.value
             update(done - shown)
             shown = done
@@ -52,12 +52,12 @@ def _run_in_pool(jobs: list[ShardJob], processes: int, update: Callable[[int], N
         pool.shutdown(cancel_futures=True)
 
 
-def _all_ended(futures: list[Future[ShardResult]]) -> bool:
-    """Wait a moment; True when every job has ended, raises what the first failed one raised."""
+def _still_running(futures: list[Future[ShardResult]]) -> bool:
+    """Wait a moment; False when every job has ended, raises what the first failed one raised."""
     ended, running = wait(futures, timeout=_REFRESH_SECONDS, return_when=FIRST_EXCEPTION)
     for future in ended:
         future.result()
-    return not running
+    return bool(running)
 
 
 def _start_worker(counter: Synchronized[int]) -> None:
@@ -82,32 +82,3 @@ def _make_shard_in_worker(job: ShardJob) -> ShardResult:
 def _count(images: int) -> None:
     with _images_done.get_lock():
         _images_done.value += images
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error; yields the function to tell of each n images dealt with."""
-    try:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-    except ImportError as error:
-        raise DataError("The progress bar needs the package rich: pip install rich") from error
-    columns = (
-        TextColumn("preparing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images, elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("remaining"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(file=sys.stderr)) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda images: bar.advance(task, images)

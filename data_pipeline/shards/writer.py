@@ -16,6 +16,10 @@ from data_pipeline.shards.files import atomic_write
 
 LABEL_EXTENSION = "cls"
 
+_TEMPLATE = tarfile.TarInfo("").tobuf(tarfile.GNU_FORMAT)
+_NAME_BYTES = 100
+_LARGEST_OCTAL = 8**11
+
 
 @dataclass(frozen=True)
 class EncodedSample:
@@ -94,10 +98,25 @@ def _row(sample: EncodedSample, offset: int, header: int) -> tuple[int, ...]:
 
 
 def _member(name: str, data: bytes) -> tuple[bytes, bytes]:
-    """Tar header and padded content. TarInfo's defaults are a fixed owner (0), time (0) and mode (0644)."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    return info.tobuf(tarfile.GNU_FORMAT, "utf-8"), data + bytes(-len(data) % tarfile.BLOCKSIZE)
+    """Tar header and padded content."""
+    return tar_header(name, len(data)), data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The GNU tar header of a file with fixed owner (0), time (0) and mode (0644).
+
+    The same bytes as TarInfo gives, in a tenth of the time where the name is not overlong: with small images, headers
+    are a third of the work.
+    """
+    encoded = name.encode()
+    if len(encoded) > _NAME_BYTES or size >= _LARGEST_OCTAL:
+        info = tarfile.TarInfo(name)
+        info.size = size
+        return info.tobuf(tarfile.GNU_FORMAT, "utf-8")
+    before = encoded.ljust(_NAME_BYTES, b"\0") + _TEMPLATE[100:124] + b"%011o\0" % size + _TEMPLATE[136:148]
+    after = _TEMPLATE[156:]
+    checksum = sum(before) + sum(after) + 8 * ord(" ")  # its own field counts as spaces
+    return before + b"%06o\0 " % checksum + after
 
 
 def _end_of_archive(position: int) -> int:
