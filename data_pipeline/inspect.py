@@ -97,9 +97,7 @@ def _print_overview(folder: Path, index: SetIndex) -> None:
 
 
 def _print_split(name: str, split: SplitIndex, num_classes: int, facts: _Facts) -> None:
-    print(
-        f"{name}: {split.total:,} images in {len(split)} shard{'s' * (len(split) != 1)}, {split.tar_bytes.sum() / 1e6:,.1f} MB"
-    )
+    print(f"{name}: {split}")
     if split.left_out:
         print(f"  left out       {split.left_out:,} images of the source that could not be read")
     if not len(facts.sizes):

@@ -82,11 +82,8 @@ def _print_summary(out: Path, listing: Listing, outcome: Outcome, seconds: float
     total = 0
     for name, split in outcome.index.splits.items():
         total += split.total
-        size = split.tar_bytes.sum() / 1e6
         left_out = f", {split.left_out:,} images left out" if split.left_out else ""
-        print(
-            f"{name}: {split.total:,} images in {len(split)} shard{'s' * (len(split) != 1)}, {size:,.1f} MB{left_out}"
-        )
+        print(f"{name}: {split}{left_out}")
     if not outcome.was_finished:
         rate = f"{total / seconds:,.0f} images/s, " if outcome.shards_kept == 0 else ""
         print(

@@ -57,6 +57,10 @@ class SplitIndex:
         """Number of samples."""
         return int(self.samples.sum())
 
+    def __str__(self) -> str:
+        shards = "1 shard" if len(self) == 1 else f"{len(self):,} shards"
+        return f"{self.total:,} images in {shards}, {self.tar_bytes.sum() / 1e6:,.1f} MB"
+
 
 @dataclass(frozen=True)
 class SetIndex:
