@@ -119,7 +119,8 @@ def random_erase(
 
 
 # How strong an operation is at `level` in [0, 1] (more where the magnitude's bound is raised) with a random `sign`, in
-# the units that timm's function of that name takes; the same values as timm's LEVEL_TO_ARG.
+# the units that timm's function of that name takes; the same values as timm's LEVEL_TO_ARG, except that posterizing
+# keeps one bit at least: with none the image is black, which Pillow refuses since version 13.
 _Strength = Callable[[float, int], tuple[float, ...]]
 
 
@@ -148,8 +149,8 @@ _STRENGTHS: dict[str, _Strength] = {
     "Equalize": _nothing,
     "Invert": _nothing,
     "Rotate": lambda level, sign: (sign * 30.0 * level,),
-    "Posterize": lambda level, sign: (int(4 * level),),
-    "PosterizeIncreasing": lambda level, sign: (4 - int(4 * level),),
+    "Posterize": lambda level, sign: (max(1, int(4 * level)),),
+    "PosterizeIncreasing": lambda level, sign: (max(1, 4 - int(4 * level)),),
     "Solarize": lambda level, sign: (min(256, int(256 * level)),),
     "SolarizeIncreasing": lambda level, sign: (256 - min(256, int(256 * level)),),
     "SolarizeAdd": lambda level, sign: (min(128, int(110 * level)),),
@@ -194,10 +195,22 @@ class RandAugment:
 
     def __call__(self, image: Image, rng: np.random.Generator, fill: tuple[int, int, int]) -> Image:
         """Apply to an image, uint8 (H, W, 3); `fill` is the RGB colour of what a rotation or shift uncovers."""
+        steps = self.draw(rng)
+        if not steps:
+            return image
         from PIL import Image as pil
         from timm.data.auto_augment import NAME_TO_OP
 
         picture = pil.fromarray(image)
+        for name, strength, bicubic in steps:
+            # given one filter only, timm has nothing left to draw
+            resample = pil.Resampling.BICUBIC if bicubic else pil.Resampling.BILINEAR
+            picture = NAME_TO_OP[name](picture, *strength, fillcolor=fill, resample=resample)
+        return np.asarray(picture)
+
+    def draw(self, rng: np.random.Generator) -> list[tuple[str, tuple[float, ...], bool]]:
+        """(operation, its arguments, resample bicubically instead of bilinearly) of each operation to apply."""
+        steps = []
         for index in self._choose(rng):
             apply_draw, sign_draw, filter_draw, uniform = rng.random(4).tolist()
             noise = rng.standard_normal() if self.magnitude_std > 0 else 0.0
@@ -209,11 +222,8 @@ class RandAugment:
                 magnitude = self.magnitude + self.magnitude_std * noise
             level = max(0.0, min(magnitude, self.magnitude_max)) / _FULL_LEVEL
             name = self.operations[index]
-            strength = _STRENGTHS[name](level, -1 if sign_draw < 0.5 else 1)
-            # given one filter only, timm has nothing left to draw
-            resample = pil.Resampling.BILINEAR if filter_draw < 0.5 else pil.Resampling.BICUBIC
-            picture = NAME_TO_OP[name](picture, *strength, fillcolor=fill, resample=resample)
-        return np.asarray(picture)
+            steps.append((name, _STRENGTHS[name](level, -1 if sign_draw < 0.5 else 1), filter_draw >= 0.5))
+        return steps
 
     def _choose(self, rng: np.random.Generator) -> list[int]:
         count = len(self.operations)

@@ -92,6 +92,8 @@ def _decode_with_pillow(data: bytes) -> Image:
 
 def _exif_orientation(data: bytes) -> int:
     """The EXIF orientation (1 to 8) of a JPEG; 1 where there is none. Looks at the segments before the pixels only."""
+    if b"Exif\0\0" not in data:  # nearly always, and much faster than walking the segments
+        return 1
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]

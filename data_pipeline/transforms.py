@@ -80,14 +80,15 @@ def resize(image: Image, out: Image, interpolation: Interpolation) -> None:
         return
     if interpolation == "area":
         raise ImportError("interpolation 'area' needs OpenCV: pip install opencv-python, or use 'antialias'")
-    source = image if image.flags.writeable else image.copy()  # torch insists, though it only reads
+    # Torch has a fast path for bytes, five times as fast, that needs strides which say "channels last" beyond doubt:
+    # no gaps between rows, and the batch axis added before the channels are moved.
     resized = torch.nn.functional.interpolate(
-        torch.from_numpy(source).permute(2, 0, 1).unsqueeze(0),
+        torch.from_numpy(image.copy()).unsqueeze(0).permute(0, 3, 1, 2),
         size=out.shape[:2],
         mode="bilinear",
         antialias=interpolation == "antialias",
     )
-    out[...] = resized[0].permute(1, 2, 0).numpy()
+    out[...] = resized.permute(0, 2, 3, 1)[0].numpy()
 
 
 def mirror(image: Image) -> Image:
