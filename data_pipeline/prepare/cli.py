@@ -144,7 +144,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         type=_shard_size,
         default=ShardSize.parse("64MB"),
         metavar="SIZE",
-        help="where a shard ends: samples (10000) or bytes (64MB, 256MiB); default 64MB",
+        help="the largest shard: samples (10000) or bytes (64MB, 256MiB); default 64MB",
     )
     parser.add_argument(
         "--jobs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -58,8 +59,10 @@ class ShardSize:
     text: str
     """As the user wrote it."""
 
-    samples: int | None
-    tar_bytes: int | None
+    limit: int
+    """The largest number of samples, or of bytes of a tar."""
+
+    in_bytes: bool
 
     @classmethod
     def parse(cls, text: str) -> ShardSize:
@@ -71,7 +74,7 @@ class ShardSize:
                 f"'{text}' is no shard size; give samples, such as 10000, or bytes, such as 64MB or 256MiB"
             )
         number = int(match[1]) * _DATA_UNITS[unit]
-        return cls(text, number, None) if unit == "" else cls(text, None, number)
+        return cls(text, number, in_bytes=unit != "")
 
 
 def unique_keys(names: Iterable[str]) -> list[str]:
@@ -104,19 +107,18 @@ def digest(key: str) -> bytes:
 
 
 def cut_into_shards(items: Sequence[Item], size: ShardSize) -> list[list[Item]]:
-    """Consecutive runs of items, each as long as `size` allows and at least one item long."""
+    """Consecutive runs of items, about equally large, none above `size` unless a single item is."""
+    weights = [member_bytes(item.size) if size.in_bytes else 1 for item in items]
+    share = sum(weights) / max(1, math.ceil(sum(weights) / size.limit))
     shards: list[list[Item]] = []
-    filled = 0
-    for item in items:
-        needed = member_bytes(item.size)
-        full = not shards or (
-            len(shards[-1]) >= size.samples if size.samples is not None else filled + needed > (size.tar_bytes or 0)
-        )
-        if full:
+    placed = filled = 0
+    for item, weight in zip(items, weights, strict=True):
+        if not shards or placed + weight / 2 > share * len(shards) or filled + weight > size.limit:
             shards.append([])
             filled = 0
         shards[-1].append(item)
-        filled += needed
+        placed += weight
+        filled += weight
     return shards
 
 

@@ -1,0 +1,63 @@
+"""Small image folders and shards, made anew for each test session."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ImageFile = Callable[..., bytes]
+ImageTree = Callable[..., Path]
+
+
+def _image_file(seed: int, width: int = 40, height: int = 30, kind: str = "JPEG", mode: str = "RGB") -> bytes:
+    rng = np.random.Generator(np.random.PCG64(seed))
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    coarse.resize((width, height), Image.Resampling.BICUBIC).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def image_file() -> ImageFile:
+    """image_file(seed, width=40, height=30, kind="JPEG", mode="RGB"): the bytes of an image file."""
+    return _image_file
+
+
+@pytest.fixture(scope="session")
+def image_tree() -> ImageTree:
+    """image_tree(folder, {"train": {"cat": 5}}): writes folder/train/cat/0000.jpg ... and returns the folder."""
+
+    def write(folder: Path, splits: dict[str, dict[str, int]]) -> Path:
+        seed = 0
+        for split, classes in splits.items():
+            for name, count in classes.items():
+                (folder / split / name).mkdir(parents=True)
+                for number in range(count):
+                    seed += 1
+                    path = folder / split / name / f"{number:04d}.jpg"
+                    path.write_bytes(_image_file(seed, width=33 + seed % 9, height=30 + seed % 7))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def shard_source(tmp_path_factory: pytest.TempPathFactory, image_tree: ImageTree) -> Path:
+    """The image folder behind `shard_folder`: classes bird, cat, dog with 9, 8 and 7 images to train on, 5, 4, 2 held out."""
+    splits = {"train": {"bird": 9, "cat": 8, "dog": 7}, "val": {"bird": 5, "cat": 4, "dog": 2}}
+    return image_tree(tmp_path_factory.mktemp("source"), splits)
+
+
+@pytest.fixture(scope="session")
+def shard_folder(tmp_path_factory: pytest.TempPathFactory, shard_source: Path) -> Path:
+    """Prepared shards: 3 classes, 24 training images in 4 shards of 6, 11 validation images in 2 shards. Do not write."""
+    from data_pipeline.prepare import main
+
+    out = tmp_path_factory.mktemp("shards") / "set"
+    assert main(["imagefolder", "--src", str(shard_source), "--out", str(out), "--shard-size", "6", "--jobs", "1"]) == 0
+    return out
