@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +24,10 @@ class FsdpEngine(Engine):
 
     def __init__(self, network: nn.Module, world: World, config: EngineConfig, optimizer: OptimizerConfig):
         mesh = init_device_mesh(world.device.type, (world.size,))
-        compute = torch.bfloat16 if config.precision == "bf16" else None
-        inner = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-        outer = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, output_dtype=torch.float32)
+        inner = outer = MixedPrecisionPolicy()
+        if config.precision == "bf16":
+            inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            outer = dataclasses.replace(inner, output_dtype=torch.float32)
         network.to(world.device)
         for block in [module for module in network.modules() if isinstance(module, DGTBlock)]:
             fully_shard(block, mesh=mesh, mp_policy=inner)

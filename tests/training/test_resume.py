@@ -1,0 +1,103 @@
+"""N steps equal k steps, SIGKILL, resume, N - k steps: bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from ranks import kill_self, run_ranks
+from small import small_config
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from dgt.config import Config
+from dgt.training import checkpoint
+from dgt.training.trainer import Trainer, train
+
+WORLD_SIZE = 2
+
+
+def train_and_die(config: Config, die_at: int | None, where: str = "step", dying_rank: int = 1) -> dict[str, Any]:
+    """One attempt in one rank; `dying_rank` is SIGKILLed at step `die_at`: after the step, in a save, an evaluation."""
+    served: list[tuple[int, list[int]]] = []
+    groupings = 0
+    original = {name: getattr(Trainer, name) for name in ("step", "save", "evaluate_if_due")}
+
+    def step(self: Trainer, batch: Any, waited: float) -> None:
+        original["step"](self, batch, waited)
+        served.append((self.progress.step, batch.ids.tolist()))
+        if where == "step" and self.progress.step == die_at and self.world.rank == dying_rank:
+            kill_self()
+
+    def evaluate_if_due(self: Trainer) -> None:
+        if where == "evaluation" and self.progress.step == die_at and self.world.rank == dying_rank:
+            kill_self()
+        original["evaluate_if_due"](self)
+
+    def save(self: Trainer) -> None:
+        if where == "save" and self.progress.step == die_at and self.world.rank == dying_rank:
+            dcp.save = lambda *_, **__: kill_self()
+        original["save"](self)
+
+    Trainer.step, Trainer.save, Trainer.evaluate_if_due = step, save, evaluate_if_due  # type: ignore[method-assign]
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal groupings
+            groupings += func is torch.ops.dgt.route.default
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        outcome = train(config)
+    return {"served": served, "groupings": groupings, "status": outcome.status, "metrics": outcome.metrics}
+
+
+def losses(config: Config) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl without the ones that measure time and memory."""
+    rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in rows]
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, unsharded."""
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items()
+             if isinstance(m, TensorStorageMetadata)}  # fmt: skip
+    dcp.load(state, checkpoint_id=path, no_dist=True)
+    return state
+
+
+def final(config: Config) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and progress of the newest checkpoint."""
+    path = checkpoint.committed(config.run_dir / "checkpoints")[0]
+    return tensors_of(path), checkpoint.verify(path).manifest["progress"]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_three_sigkills_change_no_bit_of_the_run(tmp_path: Path, engine: str) -> None:
+    undisturbed = small_config(tmp_path / "undisturbed", engine)
+    whole = run_ranks(WORLD_SIZE, train_and_die, undisturbed, None)
+    assert whole[0].value["status"] == "finished"
+    assert whole[0].value["groupings"] > 0, "the run must really group"
+
+    disturbed = small_config(tmp_path / "disturbed", engine)
+    for die_at, where in ((3, "step"), (6, "evaluation"), (10, "save")):
+        ended = run_ranks(WORLD_SIZE, train_and_die, disturbed, die_at, where, check=False)
+        assert ended[1].exitcode == -9
+    last = run_ranks(WORLD_SIZE, train_and_die, disturbed, None)
+    assert last[0].value["status"] == "finished"
+
+    # Steps 9 and 10 were redone after the kill inside the save of step 10; they must serve the same samples again.
+    assert last[0].value["served"] == [s for s in whole[0].value["served"] if s[0] > 8]
+    assert last[1].value["served"] == [s for s in whole[1].value["served"] if s[0] > 8]
+    assert losses(disturbed) == losses(undisturbed)
+    assert last[0].value["metrics"] == whole[0].value["metrics"]
+    (tensors, progress), (expected, expected_progress) = final(disturbed), final(undisturbed)
+    assert progress == expected_progress
+    assert tensors.keys() == expected.keys()
+    assert {"model", "optimizer", "ema"} <= {name.split(".")[0] for name in tensors}
+    different = [name for name in tensors if not torch.equal(tensors[name], expected[name])]
+    assert not different
