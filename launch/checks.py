@@ -1,0 +1,127 @@
+"""Everything that can be found out before a job starts: configuration, network, batch sizes, data, output folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.runs import LaunchError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from data_pipeline.shards.source import Source
+    from dgt.config import Config
+
+
+def known_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message says all that a person needs; programs print it without a traceback."""
+    from data_pipeline.shards.source import DamagedSampleError, DataError
+
+    return (*final_errors(), DataError, DamagedSampleError)
+
+
+def final_errors() -> tuple[type[Exception], ...]:
+    """Known errors that the same job would meet again, so that it is not retried."""
+    from dgt.config import ConfigError
+    from dgt.training.checkpoint import CheckpointError
+    from dgt.training.run_folder import RunFolderError
+    from dgt.training.state import DivergedError
+
+    return LaunchError, ConfigError, CheckpointError, RunFolderError, DivergedError
+
+
+def network(config: Config) -> nn.Module:
+    """The configured network without memory for its weights (on torch's meta device).
+
+    Raises ConfigError where the configuration names no network that can be built.
+    """
+    import torch
+
+    from dgt.config import ConfigError
+    from dgt.tasks import build_task
+
+    weights = config.model.checkpoint_path
+    if weights and not Path(weights).is_file():
+        raise ConfigError(f"model.checkpoint_path: there is no file {weights}")
+    bare = dataclasses.replace(config.model, checkpoint_path="")
+    try:
+        with torch.device("meta"):
+            return build_task(config.task, bare, config.data).build_model()
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model: {error}") from None
+
+
+def batches(config: Config, ranks: int) -> None:
+    """Raises ConfigError where a global batch cannot be shared by this number of ranks."""
+    from dgt.config import ConfigError
+
+    try:
+        share = config.steps.share(ranks)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if config.mixing.enabled and share % 2:
+        raise ConfigError(
+            f"steps.global_batch_size: {config.steps.global_batch_size} over {ranks} ranks is {share} samples each; "
+            "the number must be even while mixing is on, because neighbouring samples are mixed with each other"
+        )
+
+
+def open_split(config: Config, split: str) -> Source:
+    """The source of one split, with everything checked that does not need reading the images. Raises DataError."""
+    if config.data.backend == "synthetic":
+        from data_pipeline.synthetic import SyntheticSource
+
+        return SyntheticSource(config.data, split)
+    from data_pipeline.shards import open_source
+
+    return open_source(config.data, split)
+
+
+def samples(config: Config) -> tuple[int, int]:
+    """Number of samples of the training and the validation split. Raises DataError where one cannot be used."""
+    from data_pipeline.shards.source import DataError
+
+    counts = []
+    for split in (config.data.train_split, config.data.val_split):
+        source = open_split(config, split)
+        try:
+            counts.append(len(source))
+        finally:
+            source.close()
+    if counts[0] < config.steps.global_batch_size:
+        raise DataError(
+            f"split {config.data.train_split!r} has {counts[0]} samples, fewer than one global batch of "
+            f"{config.steps.global_batch_size}; lower steps.global_batch_size"
+        )
+    if counts[1] == 0:
+        raise DataError(f"split {config.data.val_split!r} has no samples")
+    return counts[0], counts[1]
+
+
+def output_folder(config: Config) -> None:
+    """Raises RunFolderError where the run's folder is another run's, LaunchError where it cannot be written."""
+    from dgt.training import run_folder
+
+    run_folder.check(run_folder.RunFolder(config.run_dir), run_folder.plain(config))
+    nearest = config.run_dir.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise LaunchError(f"output_dir: {nearest} is a file, so {config.run_dir} cannot be made")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise LaunchError(f"output_dir: no permission to write in {nearest}")
+
+
+def problems(*checks: Callable[[], object]) -> list[str]:
+    """What the checks complain about, one sentence each."""
+    found = []
+    for check in checks:
+        try:
+            check()
+        except known_errors() as error:
+            found.append(str(error))
+    return found

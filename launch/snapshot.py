@@ -1,0 +1,80 @@
+"""The code and the resolved configuration that a job runs, copied into the run's folder when it is submitted.
+
+    RUN/code/DIGEST/
+        dgt/ data_pipeline/ launch/ slurm/    what git tracks or would track, with uncommitted changes; nothing ignored
+        config.yaml                           the resolved configuration
+        snapshot.json                         where it came from: folder, commit, whether there were changes
+
+A requeued job must not see later edits, so jobs start the program inside the snapshot. The folder gets its name, the
+digest of its content, by one rename when it is whole; the same code and configuration are copied once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from launch.runs import LaunchError
+
+PACKAGES = ("dgt", "data_pipeline", "launch", "slurm")
+DIGEST_LENGTH = 12
+"""Hexadecimal digits of the folder's name: 48 bits, far beyond the number of snapshots of one run."""
+
+
+def take(run: Path, config_yaml: str, root: Path | None = None) -> Path:
+    """Copies the code under `root` (default: what is running now) and the configuration; returns the snapshot.
+
+    Raises LaunchError where the folder cannot be written.
+    """
+    root = root or Path(__file__).resolve().parents[1]
+    files = code_files(root)
+    digest = hashlib.sha256(config_yaml.encode())
+    for name in files:
+        digest.update(f"\0{name}\0".encode())
+        digest.update((root / name).read_bytes())
+    final = run / "code" / digest.hexdigest()[:DIGEST_LENGTH]
+    if final.is_dir():
+        return final
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.new")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for name in files:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, temporary / name)
+        (temporary / "config.yaml").write_text(config_yaml)
+        (temporary / "snapshot.json").write_text(json.dumps({"source": str(root), **git_state(root)}, indent=1) + "\n")
+        temporary.rename(final)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise LaunchError(f"the code could not be copied to {final}: {error.strerror or error}") from None
+    return final
+
+
+def code_files(root: Path) -> list[str]:
+    """Names, relative to `root` and sorted, of the files that make up the program."""
+    listed = git(root, "ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *PACKAGES)
+    names = [name for name in (listed or "").split("\0") if name and (root / name).is_file()]
+    if "launch/train.py" not in names:  # an installed package, not a checkout
+        paths = (path for package in PACKAGES for path in (root / package).rglob("*"))
+        names = [str(p.relative_to(root)) for p in paths if p.is_file() and "__pycache__" not in p.parts]
+    return sorted(names)
+
+
+def git_state(root: Path) -> dict[str, object]:
+    """The commit that `root` stands at and the files that differ from it; None where there is no git."""
+    commit = git(root, "rev-parse", "HEAD")
+    changed = git(root, "status", "--porcelain", "--", *PACKAGES)
+    return {"commit": commit and commit.strip(), "changed": None if changed is None else changed.splitlines()}
+
+
+def git(root: Path, *arguments: str) -> str | None:
+    """What git prints; None where it fails or is not installed."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
