@@ -111,11 +111,11 @@ def random_erase(
     if mode == "const":
         patch[...] = np.rint(centre).astype(np.uint8)
         return
-    noise = rng.standard_normal((height, width, 3), dtype=np.float32)
-    noise *= np.asarray(std, np.float32) * 255
-    noise += centre + 0.5  # the conversion to bytes cuts the fraction off
+    noise = rng.standard_normal((height, width * 3), dtype=np.float32)  # long rows are several times faster to scale
+    noise *= np.tile(np.asarray(std, np.float32) * 255, width)
+    noise += np.tile(centre + 0.5, width)  # the conversion to bytes cuts the fraction off
     np.clip(noise, 0, 255, out=noise)
-    patch[...] = noise
+    patch[...] = noise.reshape(height, width, 3)
 
 
 # How strong an operation is at `level` in [0, 1] (more where the magnitude's bound is raised) with a random `sign`, in

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image, ImageOps
+
+from data_pipeline import decode
+from data_pipeline.decode import DecodeError, decode_image
+
+# The fast DCT and plain chroma upsampling may move a pixel of a smooth image by this much, not more.
+FAST_DECODE_ERROR = 12
+
+
+def picture() -> npt.NDArray[np.uint8]:
+    rows, columns = np.mgrid[:75, :101]
+    channels = [np.sin(columns / 15 + k) * 60 + np.cos(rows / 10) * 50 + 128 for k in range(3)]
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def encode(kind: str = "JPEG", mode: str = "RGB", **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture()).convert(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+def by_pillow(data: bytes) -> npt.NDArray[np.int64]:
+    with Image.open(io.BytesIO(data)) as opened:
+        upright = ImageOps.exif_transpose(opened)
+        return np.asarray(upright.convert("RGB")).astype(np.int64)
+
+
+@pytest.fixture(params=["simplejpeg", "pillow only"])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with simplejpeg and as if it were not installed."""
+    if request.param == "pillow only":
+        monkeypatch.setattr(decode, "_simplejpeg", lambda: None)
+    return str(request.param)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {"quality": 95}),
+        ("RGB", {"quality": 95, "subsampling": 0}),
+        ("RGB", {"quality": 95, "progressive": True}),
+        ("L", {"quality": 95}),
+        ("CMYK", {"quality": 95}),
+    ],
+)
+def test_jpeg_of_every_kind_becomes_rgb(decoder: str, mode: str, options: dict[str, object]) -> None:
+    data = encode("JPEG", mode, **options)
+    pixels = decode_image(data)
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (75, 101, 3)
+    assert np.abs(pixels - by_pillow(data)).max() <= FAST_DECODE_ERROR
+
+
+def test_grayscale_jpeg_has_three_equal_channels(decoder: str) -> None:
+    pixels = decode_image(encode(mode="L"))
+    assert (pixels == pixels[:, :, :1]).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("WEBP", "RGB"), ("GIF", "P")]
+)
+def test_other_formats_decode_exactly(kind: str, mode: str) -> None:
+    data = encode(kind, mode)
+    assert (decode_image(data) == by_pillow(data)).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(decoder: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(quality=95, subsampling=0, exif=exif)
+    pixels, expected = decode_image(data), by_pillow(data)
+    assert pixels.shape == expected.shape == ((75, 101, 3) if orientation < 5 else (101, 75, 3))
+    assert np.abs(pixels - expected).max() <= FAST_DECODE_ERROR
+
+
+@pytest.mark.parametrize("byte_order", [b"II", b"MM"])
+def test_damaged_exif_leaves_the_image_as_it_is_stored(byte_order: bytes) -> None:
+    data = encode(quality=95)
+    exif = b"Exif\0\0" + byte_order + b"\xff" * 12  # a directory far outside the segment
+    segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
+    assert (decode_image(data[:2] + segment + data[2:]) == decode_image(data)).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 100, "subsampling": 0}])
+@pytest.mark.parametrize("kept", [0.3, 0.7, 0.99])
+def test_truncated_jpeg_is_refused(decoder: str, options: dict[str, object], kept: float) -> None:
+    data = encode(**options)
+    with pytest.raises(DecodeError):
+        decode_image(data[: int(len(data) * kept)])
+
+
+def test_jpeg_without_its_end_marker_is_refused(decoder: str) -> None:
+    with pytest.raises(DecodeError):
+        decode_image(encode()[:-2])
+
+
+def test_jpeg_with_zeros_to_the_end_is_refused(decoder: str) -> None:
+    data = encode()
+    half = len(data) // 2
+    with pytest.raises(DecodeError):
+        decode_image(data[:half] + bytes(len(data) - half))
+
+
+def test_jpeg_with_zeroed_data_before_the_end_marker_is_refused() -> None:
+    pytest.importorskip("simplejpeg")
+    data = encode()
+    third = len(data) * 2 // 3
+    with pytest.raises(DecodeError, match="premature end of data segment"):
+        decode_image(data[:third] + bytes(len(data) - third - 2) + data[-2:])
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L"])
+def test_truncated_jpeg_of_other_colour_spaces_is_refused(decoder: str, mode: str) -> None:
+    data = encode(mode=mode)
+    with pytest.raises(DecodeError):
+        decode_image(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_truncated_file_of_other_formats_is_refused(kind: str) -> None:
+    data = encode(kind)
+    with pytest.raises(DecodeError):
+        decode_image(data[: len(data) // 2])
+
+
+def test_changed_byte_in_a_png_is_refused() -> None:
+    data = bytearray(encode("PNG"))
+    data[len(data) // 2] ^= 0xFF
+    with pytest.raises(DecodeError):
+        decode_image(bytes(data))
+
+
+@pytest.mark.parametrize("data", [b"", b"no image at all", bytes(500), b"\xff\xd8", b"\xff\xd8" + bytes(500)])
+def test_bytes_that_are_no_image_are_refused(decoder: str, data: bytes) -> None:
+    with pytest.raises(DecodeError):
+        decode_image(data)
+
+
+def test_decoded_pixels_pass_through_untouched() -> None:
+    pixels = picture()
+    assert decode_image(pixels) is pixels
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8)]
+)
+def test_arrays_that_are_not_rgb_bytes_are_refused(array: npt.NDArray[np.uint8]) -> None:
+    with pytest.raises(DecodeError, match="must be uint8"):
+        decode_image(array)
