@@ -14,6 +14,8 @@ from data_pipeline.shards.source import DataError
 EXTENSIONS = ("jpg", "jpeg", "jpe", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff")
 """What counts as an image, in lower or upper case."""
 
+_LOOKED_FOR = f"looked for .{', .'.join(EXTENSIONS)}"
+
 
 def list_image_folder(source: Path, splits: Sequence[str] | None, val_fraction: float | None) -> Listing:
     """List a tree of images.
@@ -48,13 +50,13 @@ def _listing(
     first = next(iter(splits))
     for split, items in splits.items():
         if not items:
-            raise DataError(f"{source} holds no images for the split '{split}' (looked for .{', .'.join(EXTENSIONS)}).")
+            raise DataError(f"{source} holds no images for the split '{split}' ({_LOOKED_FOR}).")
     trained = {item.label for item in splits[first]}
     empty = [name for label, name in enumerate(classes) if label not in trained]
     if empty:
         raise DataError(
             f"{_some(empty)}: no image of this class for the split '{first}' in {source} "
-            f"(looked for .{', .'.join(EXTENSIONS)}). Delete the empty folder or add images."
+            f"({_LOOKED_FOR}). Delete the empty folder or add images."
         )
     read = functools.partial(read_file, source)
     return Listing("imagefolder", options, tuple(classes), splits, read, dict(sorted(ignored.items())))
@@ -66,6 +68,9 @@ def read_file(source: Path, name: str) -> bytes:
 
 
 def _require_splits(source: Path, names: list[str], chosen: bool) -> None:
+    for name in names:
+        if name != Path(name).name or name.startswith("."):
+            raise DataError(f"'{name}' is no name of a split: give the plain names of folders in {source}.")
     missing = [name for name in names if not (source / name).is_dir()]
     if not missing:
         return
@@ -92,6 +97,9 @@ def _class_folders(folder: Path) -> list[str]:
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise DataError(f"{folder} is empty: it should hold one folder of images per class.")
+    for name in names:
+        if not name.isprintable():  # nor valid UTF-8, where the file system holds other bytes
+            raise DataError(f"the class folder {name!r} in {folder} has a name that is no plain text; rename it.")
     return names
 
 
@@ -124,8 +132,8 @@ def _walk(folder: Path, ignored: Counter[str]) -> Iterator[os.DirEntry[str]]:
                     ignored["hidden"] += 1
                 elif entry.is_dir():
                     pending.append(entry.path)
-                elif extension.removeprefix(".") in EXTENSIONS and (entry.is_file() or entry.is_symlink()):
-                    yield entry
+                elif extension.removeprefix(".") in EXTENSIONS and (entry.is_file() or not os.path.exists(entry.path)):
+                    yield entry  # a link that leads nowhere too: reading it fails later, and is reported then
                 else:
                     ignored[extension or "without extension"] += 1
 
@@ -133,7 +141,7 @@ def _walk(folder: Path, ignored: Counter[str]) -> Iterator[os.DirEntry[str]]:
 def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, float]:
     try:
         status = entry.stat()
-    except FileNotFoundError:  # a link that leads nowhere: reading it fails later, and is reported then
+    except FileNotFoundError:
         return 0, 0.0
     return status.st_size, status.st_mtime
 
@@ -141,6 +149,8 @@ def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, float]:
 def _held_out(items: list[Item], fraction: float, source: Path) -> tuple[list[Item], list[Item]]:
     if not 0 < fraction < 1:
         raise DataError(f"--val-fraction must lie between 0 and 1, not {fraction}.")
+    if not items:
+        raise DataError(f"{source} holds no images ({_LOOKED_FOR}).")
     count = round(fraction * len(items))
     if not 0 < count < len(items):
         raise DataError(

@@ -48,14 +48,14 @@ def image_tree() -> ImageTree:
 
 @pytest.fixture(scope="session")
 def shard_source(tmp_path_factory: pytest.TempPathFactory, image_tree: ImageTree) -> Path:
-    """The image folder behind `shard_folder`: classes bird, cat, dog with 9, 8 and 7 images to train on, 5, 4, 2 held out."""
+    """The images behind `shard_folder`: bird, cat and dog with 9, 8, 7 images to train on, and 5, 4, 2 held out."""
     splits = {"train": {"bird": 9, "cat": 8, "dog": 7}, "val": {"bird": 5, "cat": 4, "dog": 2}}
     return image_tree(tmp_path_factory.mktemp("source"), splits)
 
 
 @pytest.fixture(scope="session")
 def shard_folder(tmp_path_factory: pytest.TempPathFactory, shard_source: Path) -> Path:
-    """Prepared shards: 3 classes, 24 training images in 4 shards of 6, 11 validation images in 2 shards. Do not write."""
+    """3 classes; 24 training images in 4 shards of 6, 11 to validate in 2 shards. Tests do not write into it."""
     from data_pipeline.prepare import main
 
     out = tmp_path_factory.mktemp("shards") / "set"
