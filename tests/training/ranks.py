@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -12,9 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# Ranks share few cores here: an idle thread must sleep, not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["dgt.config", "dgt.training.trainer", "dgt.training.parallel.ddp",
-                                "dgt.training.parallel.fsdp", "torch.utils.tensorboard", "pydantic"])  # fmt: skip
+                                "dgt.training.parallel.fsdp", "torch.utils.tensorboard", "torch._dynamo", "pydantic"])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def collect(pipes: Sequence[Any], processes: Sequence[Any]) -> list[RankResult]:
         for pipe in multiprocessing.connection.wait(list(waiting)):
             rank = waiting.pop(pipe)
             try:
-                results[rank] = pipe.recv()
+                results[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 results[rank] = (None, "")
                 for process in processes:
@@ -81,7 +86,7 @@ def rank_main(sender: Any, environment: dict[str, Any], function: Callable[..., 
     except BaseException:
         value, error = None, traceback.format_exc()
         print(error, file=sys.stderr)
-    sender.send((value, error))
+    sender.send_bytes(pickle.dumps((value, error)))  # plain pickle: tensors travel by value
     sender.close()
 
 

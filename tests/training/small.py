@@ -18,7 +18,7 @@ from dgt.training.steps import StepsConfig
 
 
 def small_config(folder: Path, engine: str = "ddp", **sections: Any) -> Config:
-    """dgt_nano at 32 px (64 tokens in stage 1, k = 16: real grouping), two epochs of six steps, two threads a rank."""
+    """dgt_nano at 32 px (64 tokens in stage 1, k = 16: real grouping), two epochs of four steps, two threads a rank."""
     parts: dict[str, Any] = {
         "name": "small",
         "output_dir": str(folder),
@@ -27,7 +27,7 @@ def small_config(folder: Path, engine: str = "ddp", **sections: Any) -> Config:
         "data": DataConfig(
             backend="synthetic", num_classes=4, image_size=32, num_threads=1, eval_crop_pct=1.0,
             augment=AugmentConfig(scale=(0.5, 1.0), random_erasing=0.3, interpolation="linear"),
-            synthetic=SyntheticConfig(train_samples=50, val_samples=19),
+            synthetic=SyntheticConfig(train_samples=34, val_samples=19),
         ),
         "steps": StepsConfig(epochs=2, global_batch_size=8, micro_batch_size=2),
         "schedule": ScheduleConfig(warmup_epochs=0.5),

@@ -71,8 +71,8 @@ class Engine:
         """Context of a forward pass."""
         return nullcontext()
 
-    def weights_replaced(self) -> None:
-        """Called after parameters were written in place, so that no stale copy of them is used."""
+    def reshard(self) -> None:
+        """Brings all parameters into the layout they are kept in, so that they can be read and written in place."""
 
     def train_step(
         self, micro_batches: Sequence[MicroBatch], loss_of: Callable[[nn.Module, MicroBatch], Tensor], lr: float
@@ -112,20 +112,21 @@ class Engine:
         if ema is None:
             yield
             return
+        self.reshard()
         weights, averages = local(dict(self.network.named_parameters())), local(ema.averages)
         own = [w.clone() for w in weights]
         with torch.no_grad():
             torch._foreach_copy_(weights, averages)
-        self.weights_replaced()
         try:
             yield
         finally:
+            self.reshard()
             with torch.no_grad():
                 torch._foreach_copy_(weights, own)
-            self.weights_replaced()
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and optimizer state by parameter name; tensors keep their sharding. Needs at least one step."""
+        self.reshard()
         return {
             "model": dict(self.network.named_parameters()) | dict(self.network.named_buffers()),
             "optimizer": get_optimizer_state_dict(self.network, self.optimizer),
@@ -134,4 +135,3 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state whose tensors were loaded in place into those that `state_dict` gave."""
         set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])
-        self.weights_replaced()

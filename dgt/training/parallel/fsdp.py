@@ -40,8 +40,8 @@ class FsdpEngine(Engine):
         self.network.set_requires_gradient_sync(last)
         yield
 
-    def weights_replaced(self) -> None:
-        """Frees the gathered weights that FSDP keeps after a forward pass without a backward one."""
+    def reshard(self) -> None:
+        """Frees the whole weights that FSDP keeps at the root after a forward pass without a backward one."""
         for module in self.network.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
