@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 
 from data_pipeline.decode import DecodeError, decode_image
 from data_pipeline.shards.shard_index import SUBSAMPLINGS
 
 _JPEG_START = b"\xff\xd8"
+_MEMORY_ADDRESS = re.compile(r" ?<_io\.BytesIO[^>]*>")  # in Pillow's messages; it differs from run to run
 
 
 class UnreadableImageError(Exception):
@@ -32,7 +34,7 @@ def examine(data: bytes) -> ImageFacts:
         decode_image(data)
         return _jpeg_facts(data) if data[:2] == _JPEG_START else _other_facts(data)
     except DecodeError as error:
-        raise UnreadableImageError(str(error)) from error
+        raise UnreadableImageError(_MEMORY_ADDRESS.sub("", str(error))) from error
     except Exception as error:  # image libraries fail in many ways on bytes from outside; each is reported by its path
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
 
 from data_pipeline.prepare.make_shard import ShardJob, ShardResult, make_shard
 from data_pipeline.progress import progress_bar
@@ -18,7 +19,9 @@ from data_pipeline.shards.source import DataError
 
 _REFRESH_SECONDS = 0.2
 
+# In a worker: how many images all of them have done, and whether to give up.
 _images_done: Synchronized[int]
+_cancelled: Event
 
 
 def run_jobs(jobs: list[ShardJob], processes: int) -> list[ShardResult]:
@@ -32,8 +35,8 @@ def run_jobs(jobs: list[ShardJob], processes: int) -> list[ShardResult]:
 
 def _run_in_pool(jobs: list[ShardJob], processes: int, update: Callable[[int], None]) -> list[ShardResult]:
     context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks in whatever state they are
-    counter = context.Value("q", 0)
-    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(counter,))
+    counter, cancelled = context.Value("q", 0), context.Event()
+    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(counter, cancelled))
     try:
         futures = [pool.submit(_make_shard_in_worker, job) for job in jobs]
         shown, running = 0, True
@@ -49,6 +52,7 @@ def _run_in_pool(jobs: list[ShardJob], processes: int, update: Callable[[int], N
             "finished shards are kept."
         ) from error
     finally:
+        cancelled.set()
         pool.shutdown(cancel_futures=True)
 
 
@@ -60,9 +64,9 @@ def _still_running(futures: list[Future[ShardResult]]) -> bool:
     return bool(running)
 
 
-def _start_worker(counter: Synchronized[int]) -> None:
-    global _images_done
-    _images_done = counter
+def _start_worker(counter: Synchronized[int], cancelled: Event) -> None:
+    global _images_done, _cancelled
+    _images_done, _cancelled = counter, cancelled
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -80,5 +84,7 @@ def _make_shard_in_worker(job: ShardJob) -> ShardResult:
 
 
 def _count(images: int) -> None:
+    if _cancelled.is_set():
+        raise DataError("cancelled")  # nobody waits for the result any more
     with _images_done.get_lock():
         _images_done.value += images

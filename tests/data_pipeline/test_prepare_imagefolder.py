@@ -146,6 +146,7 @@ def test_unreadable_images_are_reported_by_path_counted_and_left_out(
         assert f"left out: {entry['path']}: {entry['reason']}" in printed.err
     reasons = {Path(entry["path"]).stem: entry["reason"] for entry in report}
     assert reasons["0001"] == "the file is empty"
+    assert reasons["0002"].endswith("cannot identify image file")
     assert "damaged JPEG" in reasons["0003"]
     assert reasons["0004"] == "No such file or directory"
     assert _keys(tmp_path / "out", "train") == {

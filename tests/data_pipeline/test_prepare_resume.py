@@ -1,4 +1,4 @@
-"""SIGKILL in the middle, then the same command again."""
+"""SIGKILL or Ctrl-C in the middle, then the same command again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from data_pipeline.prepare import main
 
-# Kills the program when one image is asked for, from whichever process asks: the program itself, or a worker.
-KILLED_PROGRAM = """
+# Sends the program a signal when one image is asked for, from whichever process asks: the program itself, or a worker.
+PROGRAM = """
 import dataclasses, functools, multiprocessing, os, signal, sys
 from pathlib import Path
 from data_pipeline.prepare import cli
@@ -21,7 +21,9 @@ from data_pipeline.prepare.imagefolder import list_image_folder
 def read(real, fatal, name):
     if name == fatal:
         parent = multiprocessing.parent_process()
-        os.kill(parent.pid if parent else os.getpid(), signal.SIGKILL)
+        os.kill(parent.pid if parent else os.getpid(), SIGNAL)
+        if SIGNAL == signal.SIGKILL:
+            signal.pause()  # a worker gets here, and must be ended although it is waiting
     return real(name)
 
 def listing(arguments):
@@ -44,12 +46,16 @@ def _images_of(shard: Path) -> list[str]:
     return [f"{shard.parent.name}/{key}.jpg" for key in shard_index.load(shard.with_suffix(".idx")).keys]
 
 
+def _run_until(tmp_path: Path, arguments: list[str], fatal: str, kind: signal.Signals) -> tuple[int, str]:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.replace("FATAL", repr(fatal)).replace("SIGNAL", f"signal.{kind.name}"))
+    process = subprocess.Popen([sys.executable, str(program), *arguments], stderr=subprocess.PIPE, text=True)
+    _, error = process.communicate(timeout=120)  # ends only when the workers, who share the pipe, have ended too
+    return process.returncode, error
+
+
 def _run_until_killed(tmp_path: Path, arguments: list[str], fatal: str) -> None:
-    program = tmp_path / "killed_program.py"
-    program.write_text(KILLED_PROGRAM.replace("FATAL)", f"{fatal!r})"))
-    process = subprocess.Popen([sys.executable, str(program), *arguments], stdout=subprocess.PIPE)
-    process.communicate(timeout=120)  # ends only when the workers, who share the pipe, have ended too
-    assert process.returncode == -signal.SIGKILL
+    assert _run_until(tmp_path, arguments, fatal, signal.SIGKILL)[0] == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
@@ -94,5 +100,23 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(
     arguments = ["imagefolder", "--src", str(shard_source), "--out", str(out), "--shard-size", "6", "--jobs", "1"]
     _run_until_killed(tmp_path, arguments, _images_of(shard_folder / "train" / "shard-000000.tar")[2])
     assert [path.name.startswith(".unfinished-") for path in (out / "train").iterdir()] == [True]
+    assert main(arguments) == 0
+    assert _contents(out) == _contents(shard_folder)
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_ctrl_c_ends_with_code_130_leaves_nothing_half_written_and_can_be_continued(
+    shard_folder: Path, shard_source: Path, tmp_path: Path, jobs: str
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["imagefolder", "--src", str(shard_source), "--out", str(out), "--shard-size", "6", "--jobs", jobs]
+    fatal = _images_of(shard_folder / "train" / "shard-000000.tar")[2]
+    code, error = _run_until(tmp_path, arguments, fatal, signal.SIGINT)
+    assert (code, error.splitlines()[-1]) == (
+        130,
+        "interrupted; run the same command again to continue: finished shards are kept.",
+    )
+    assert "Traceback" not in error
+    assert list(out.rglob(".unfinished-*")) == []
     assert main(arguments) == 0
     assert _contents(out) == _contents(shard_folder)
