@@ -99,9 +99,17 @@ def save(folder: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any]
     error = attempt(prepare, world) or attempt(write, world)
     files = {name: entry for part in world.gather(written) for name, entry in part.items()}
     error = error or attempt(commit, world)
-    if error and world.is_main:
+    if not error:
+        return None
+
+    def clean_up() -> int:
+        free = shutil.disk_usage(folder).free
         shutil.rmtree(temporary, ignore_errors=True)
-    return error and f"the checkpoint of step {step} could not be written to {folder}: {error}"
+        return free
+
+    # torch reports a full disk as a mismatch of positions, so the free space belongs into the sentence.
+    free = world.on_main(clean_up)
+    return f"the checkpoint of step {step} could not be written to {folder} ({free / 1e6:.0f} MB free): {error}"
 
 
 def attempt(act: Callable[[], None], world: World) -> str | None:

@@ -1,0 +1,186 @@
+"""What a checkpoint promises: complete or invisible, verified before use, never a silent fresh start."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from dgt.training import checkpoint
+from dgt.training.checkpoint import CheckpointError
+from dgt.training.world import World, joined
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with joined() as joined_world:
+        yield joined_world
+
+
+def save(folder: Path, step: int, world: World) -> str | None:
+    folder.mkdir(exist_ok=True, parents=True)
+    return checkpoint.save(folder, step, {"model": {"w": torch.full((4, 3), float(step))}}, {"progress": {}}, world)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_reads_back_what_was_saved(tmp_path: Path, world: World) -> None:
+    assert save(tmp_path, 7, world) is None
+    found = checkpoint.newest(tmp_path, print)
+    assert found is not None
+    assert (found.step, found.path.name) == (7, "step_00000007")
+    tensors = {"model": {"w": torch.zeros(4, 3)}}
+    checkpoint.read_tensors(found, tensors, world)
+    assert (tensors["model"]["w"] == 7).all()
+    assert set(found.manifest["files"]) == {"__0_0.distcp", ".metadata"}
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_set_aside(
+    tmp_path: Path, world: World, damage: str
+) -> None:
+    save(tmp_path, 1, world)
+    save(tmp_path, 2, world)
+    newest = tmp_path / "step_00000002"
+    data = newest / "__0_0.distcp"
+    if damage == "flip":
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    elif damage == "cut":
+        os.truncate(data, 10)
+    elif damage == "remove":
+        data.unlink()
+    elif damage == "manifest":
+        (newest / "manifest.json").write_text('{"format": 1, "st')
+    else:
+        (newest / "manifest.json").unlink()
+    said: list[str] = []
+    found = checkpoint.newest(tmp_path, said.append)
+    assert found is not None
+    assert found.step == 1
+    assert len(said) == 1
+    assert "step_00000002" in said[0]
+    assert names(tmp_path) == ["step_00000001", "step_00000002.damaged"]
+    assert save(tmp_path, 2, world) is None, "the step can be saved again"
+
+
+def test_no_fresh_start_where_every_checkpoint_is_damaged(tmp_path: Path, world: World) -> None:
+    save(tmp_path, 1, world)
+    (tmp_path / "step_00000001" / "__0_0.distcp").unlink()
+    for _ in range(2):  # the second attempt finds only what the first has set aside
+        with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
+            checkpoint.newest(tmp_path, lambda _: None)
+    assert checkpoint.newest(tmp_path / "empty", print) is None
+
+
+def test_an_unfinished_save_is_never_read_and_is_removed(tmp_path: Path, world: World) -> None:
+    save(tmp_path, 1, world)
+    (tmp_path / "step_00000001").rename(tmp_path / "step_00000002.saving")
+    assert checkpoint.newest(tmp_path, print) is None
+    checkpoint.discard_unfinished(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_retention_keeps_the_newest_and_the_best(tmp_path: Path, world: World) -> None:
+    for step in range(1, 7):
+        save(tmp_path, step, world)
+    (tmp_path / "step_00000009.saving").mkdir()
+    checkpoint.prune(tmp_path, keep_last=2, best_step=3)
+    assert [p.name for p in checkpoint.committed(tmp_path)] == ["step_00000006", "step_00000005", "step_00000003"]
+
+
+def test_other_names_or_shapes_are_refused_in_one_sentence(tmp_path: Path, world: World) -> None:
+    save(tmp_path, 1, world)
+    found = checkpoint.newest(tmp_path, print)
+    assert found is not None
+    with pytest.raises(CheckpointError, match=r"does not fit this network or optimizer: .*other"):
+        checkpoint.read_tensors(found, {"model": {"other": torch.zeros(4, 3)}}, world)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        checkpoint.read_tensors(found, {"model": {"w": torch.zeros(5, 3)}}, world)
+
+
+def save_on_full_disk(folder: Path) -> tuple[str | None, str | None, list[str]]:
+    """Saves step 1; fills the disk; saves step 2; frees it and saves step 3."""
+    with joined() as world:
+        mesh = init_device_mesh("cpu", (world.size,))
+        sharded = distribute_tensor(torch.arange(3_000_000, dtype=torch.float32).view(3, -1), mesh, [Shard(0)])
+
+        def save(step: int) -> str | None:
+            return checkpoint.save(folder, step, {"model": {"w": sharded}}, {}, world)
+
+        assert save(1) is None
+        if world.is_main:
+            free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+            (folder / "filler").write_bytes(bytes(free - 6_000_000))
+        world.barrier()
+        failed = save(2)
+        left = names(folder)
+        world.barrier()
+        if world.is_main:
+            (folder / "filler").unlink()
+        world.barrier()
+        return failed, save(3), left
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 32 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_fails_the_save_on_every_rank_and_keeps_the_previous_one(small_disk: Path) -> None:
+    for result in run_ranks(2, save_on_full_disk, small_disk):
+        failed, later, left = result.value
+        assert failed is not None
+        assert "checkpoint of step 2 could not be written" in failed
+        assert "MB free)" in failed
+        assert later is None
+    assert "step_00000001" in left
+    assert [p.name for p in checkpoint.committed(small_disk)] == ["step_00000003", "step_00000001"]
+    assert checkpoint.verify(small_disk / "step_00000001").step == 1
+
+
+def sharded_save(folder: Path) -> None:
+    with joined() as world:
+        mesh = init_device_mesh("cpu", (world.size,))
+        tensor = distribute_tensor(torch.arange(35.0).view(7, 5), mesh, [Shard(0)])
+        assert checkpoint.save(folder, 1, {"w": tensor}, {}, world) is None
+
+
+def sharded_load(folder: Path) -> torch.Tensor:
+    with joined() as world:
+        mesh = init_device_mesh("cpu", (world.size,))
+        tensor = distribute_tensor(torch.zeros(7, 5), mesh, [Shard(0)])
+        found = world.on_main(lambda: checkpoint.newest(folder, print))
+        assert found is not None
+        checkpoint.read_tensors(found, {"w": tensor}, world)
+        return tensor.full_tensor()
+
+
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [(2, 3), (3, 1)])
+def test_any_number_of_ranks_reads_what_another_number_has_saved(tmp_path: Path, saved_by: int, loaded_by: int) -> None:
+    run_ranks(saved_by, sharded_save, tmp_path)
+    manifest: dict[str, Any] = json.loads((tmp_path / "step_00000001" / "manifest.json").read_text())
+    assert {f"__{rank}_0.distcp" for rank in range(saved_by)} < set(manifest["files"])
+    for result in run_ranks(loaded_by, sharded_load, tmp_path):
+        assert torch.equal(result.value, torch.arange(35.0).view(7, 5))

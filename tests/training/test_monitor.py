@@ -1,0 +1,70 @@
+"""Curves that continue after a resume: no overlap, no gap."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dgt.training.monitor import Monitor, MonitorConfig, Size, clock
+from dgt.training.run_folder import RunFolder
+
+SIZE = Size(total_steps=12, steps_per_epoch=6, global_batch_size=8, world_size=1, macs_per_image=None)
+
+
+def report(folder: RunFolder, resumed_at: int, last: int, loss: float) -> None:
+    monitor = Monitor(MonitorConfig(log_every=1), folder, SIZE, resumed_at, is_main=True)
+    for step in range(resumed_at + 1, last + 1):
+        monitor.step(step, 0.5, 0.1, {"train/loss": loss + step, "train/lr": 0.1, "train/grad_norm": 1.0})
+    monitor.close()
+
+
+def test_curves_continue_after_a_resume_without_overlap_or_gap(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    report(folder, 0, 7, loss=0.0)  # killed after step 7; the newest checkpoint is of step 4
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 8, "train/lo')  # cut off by the kill
+    report(folder, 4, 12, loss=100.0)
+    expected = [float(s) for s in range(1, 5)] + [100.0 + s for s in range(5, 13)]
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["train/loss"] for row in rows] == expected
+    events = EventAccumulator(str(folder.tensorboard)).Reload().Scalars("train/loss")
+    assert [event.step for event in events] == list(range(1, 13))
+    assert [event.value for event in events] == expected
+
+
+def test_rates_count_images_and_waiting_over_the_logged_steps(tmp_path: Path) -> None:
+    monitor = Monitor(MonitorConfig(log_every=4, tensorboard=False), RunFolder(tmp_path), SIZE, 0, is_main=True)
+    for step in range(1, 5):
+        monitor.step(step, 0.5, 0.1 * step, {"train/loss": 1.0, "train/lr": 0.1})
+    monitor.close()
+    (row,) = [json.loads(line) for line in RunFolder(tmp_path).metrics.read_text().splitlines()]
+    assert row["step"] == 4
+    assert row["speed/images_per_s"] == pytest.approx(4 * 8 / 2.0)
+    assert row["speed/step_seconds"] == pytest.approx(0.5)
+    assert row["speed/data_wait"] == pytest.approx(1.0 / 2.0)
+    assert not RunFolder(tmp_path).tensorboard.exists()
+
+
+def test_console_line_says_where_how_and_how_long(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="dgt")
+    report(RunFolder(tmp_path), 0, 9, loss=0.0)
+    last = caplog.messages[-1]
+    assert "epoch 2/2 [===============     ] step  9/12" in last
+    assert "loss 9.0000  lr 1.00e-01  16 images/s  data wait 20 %  ETA 0:00:02" in last
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00:00"), (3661, "1:01:01"), (90061, "1d 01:01:01")])
+def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    monitor = Monitor(MonitorConfig(log_every=1), RunFolder(tmp_path), SIZE, 0, is_main=False)
+    monitor.step(1, 0.5, 0.1, {"train/loss": 1.0, "train/lr": 0.1})
+    monitor.evaluation(1, {"top1": 1.0})
+    monitor.close()
+    assert list(tmp_path.iterdir()) == []
