@@ -1,0 +1,34 @@
+# Two commands are enough: make demo, make test. Both set up what is missing first and can be run again at any time.
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+export DGT_PYTHON := $(PYTHON)
+
+.PHONY: help setup setup-test demo test test-all lint types clean-demo
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.ready  ## virtual environment with the tested versions
+
+$(VENV)/.ready: pyproject.toml constraints.txt .ci/setup
+	@.ci/setup $(VENV)
+
+setup-test: setup  ## what the tests need besides: Slurm, FFCV's libraries (apt, where permitted)
+	@.ci/setup-system
+
+demo: setup  ## prepare the digits, train with an interruption, evaluate, export, say what came out
+	@$(PYTHON) -m launch.demo
+
+test: setup-test lint types  ## lint, types, and every test this machine can run
+	@$(PYTHON) -m pytest
+
+lint: setup  ## ruff: rules and format
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+
+types: setup  ## mypy over the public packages
+	@$(PYTHON) -m mypy
+
+clean-demo:  ## forget the demo's run, so that it starts over
+	rm -rf runs/demo exports/demo.safetensors
