@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch import runs
+from launch import program, runs
 from launch.cluster import free_port
 from launch.signals import STOP_SIGNALS, Noted
 
@@ -25,8 +25,8 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
 """How long the other ranks may take to say what they met after one has died; they cannot go on without it."""
 TAIL_LINES = 20
-CRASHED, KNOWN_ERROR, INTERRUPTED = 1, 2, 128 + signal.SIGINT
-"""Exit statuses, those of launch/train.py."""
+CRASHED, INTERRUPTED = 1, 128 + signal.SIGINT
+"""Exit statuses, as of launch/train.py."""
 INTERRUPTS_TO_KILL = 3
 """Ctrl-C once checkpoints, twice ends the ranks at once, and this often kills them."""
 
@@ -99,7 +99,7 @@ def run_attempt(job: LocalJob, attempt: int, noted: Noted, lock: int) -> int:
     if end[0] == "failed":
         if 0 not in dead:  # rank 0's own words are on the console already
             report_death(ranks, dead, logs, begins)
-        return KNOWN_ERROR
+        return program.KNOWN_ERROR
     return INTERRUPTED if end[1]["signal"] == "SIGINT" else 0
 
 

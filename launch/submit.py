@@ -14,24 +14,19 @@ if not __package__:  # started as a file: what is imported must come from beside
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
 
-from launch import checks, cluster, layout, local, runs, snapshot
+from launch import checks, cluster, layout, local, program, runs, snapshot
 from launch.layout import Layout, Wish
 
 if TYPE_CHECKING:
     from dgt.config import Config
 
-REFUSED = 2
-"""Exit status when nothing was started."""
 DEFAULT_GPUS_PER_NODE = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks, then shows (--dry-run) or starts the job; returns the exit status."""
     options = parser().parse_intermixed_args(argv)
-    try:
-        return submit(options)
-    except checks.known_errors() as error:
-        return refuse(str(error))
+    return program.guarded("dgt-submit", lambda: submit(options))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,17 +64,10 @@ def submit(options: argparse.Namespace) -> int:
     checks.batches(config, where.ranks)
     found = checks.problems(lambda: checks.samples(config), lambda: checks.output_folder(config))
     if found:
-        return refuse(*found)
+        return program.refuse("dgt-submit", *found)
     with runs.locked(config.run_dir) as lock:
         refuse_active(config.run_dir)
         return start_here(config, where, options.max_retries or 0, lock)
-
-
-def refuse(*reasons: str) -> int:
-    """Says why nothing was started."""
-    for reason in reasons:
-        print(f"dgt-submit: {reason}", file=sys.stderr)
-    return REFUSED
 
 
 def refuse_active(run: Path) -> None:

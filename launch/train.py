@@ -14,13 +14,13 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if not __package__:  # started as a file: what is imported must come from beside it, and `launch` is a package
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
 
-from launch import runs
+from launch import program, runs
 from launch.signals import Noted
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from dgt.training.state import Outcome
 
 log = logging.getLogger("launch")
-
-KNOWN_ERROR = 2
-"""Exit status of an error that one sentence explains."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         if isinstance(error, final_errors()):
             mark("failed", {"reason": str(error)})
-        return KNOWN_ERROR
+        return program.KNOWN_ERROR
     return conclude(outcome, rank)
 
 
@@ -121,9 +118,9 @@ def mark(end: runs.End, facts: dict[str, object]) -> None:
         runs.leave_marker(prefix, end, facts)
 
 
-def set_up_logging(rank: int) -> None:
-    """Rank 0 says everything on its standard output, other ranks only who they are and what is wrong."""
-    handler = logging.StreamHandler(sys.stdout)
+def set_up_logging(rank: int, stream: TextIO | None = None) -> None:
+    """Rank 0 says everything on `stream` (standard output), other ranks only who they are and what is wrong."""
+    handler = logging.StreamHandler(stream or sys.stdout)
     handler.setFormatter(Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)

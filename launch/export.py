@@ -1,0 +1,135 @@
+"""Turn a checkpoint into one safetensors file that `timm.create_model(..., checkpoint_path=FILE)` loads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if not __package__:  # started as a file: what is imported must come from beside it, and `launch` is a package
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
+
+from launch import program
+
+if TYPE_CHECKING:
+    from dgt.config import Config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the file and says how to load it; returns the exit status."""
+    options = parser().parse_intermixed_args(argv)
+    return program.guarded("dgt-export", lambda: export(options))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="dgt-export",
+        description="Write a checkpoint's weights as one safetensors file for timm, whatever engine and number of "
+        "ranks saved it. The file's header says which model, classes, image size and normalisation it is for.",
+    )
+    source = result.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", metavar="FILE", help="configuration of the run, YAML")
+    source.add_argument("--run", metavar="DIR", help="the run's folder")
+    result.add_argument(
+        "--checkpoint", default="best", metavar="WHICH", help="best (default), newest, or the path of a step_* folder"
+    )
+    result.add_argument("--out", required=True, metavar="FILE.safetensors", help="what to write")
+    result.add_argument("--weights", choices=("ema", "raw"), help="default: ema where the run kept an average")
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="such as name=trial")
+    return result
+
+
+def export(options: argparse.Namespace) -> int:
+    """Reads, checks, writes."""
+    from dgt.config import load
+    from dgt.training.run_folder import RunFolder
+    from launch import checks, weights
+    from launch.runs import LaunchError
+    from launch.train import set_up_logging
+
+    set_up_logging(0, sys.stderr)
+    out = Path(options.out)
+    if out.suffix != ".safetensors":
+        raise LaunchError(f"--out {out}: the name must end in .safetensors, by which timm knows the format")
+    folder = RunFolder(Path(options.run)) if options.run else None
+    config = weights.without_start(load(folder.config if folder else options.config, options.overrides))
+    found = weights.find((folder or RunFolder(config.run_dir)).checkpoints, options.checkpoint)
+    tensors, kind = weights.read(found, checks.network(config), options.weights)
+    facts = metadata(config) | {"step": str(found.step), "weights": kind}
+    try:
+        write(out, tensors, facts)
+    except OSError as error:
+        raise LaunchError(f"{out} cannot be written: {error.strerror or error}") from None
+    print(f"{out}: {kind} weights of {found.path}, {out.stat().st_size:,} bytes")
+    arguments = "".join(f", {key}={value}" for key, value in json.loads(facts["model_args"]).items())
+    print("import dgt, timm")
+    print(
+        f'model = timm.create_model("{config.model.name}", num_classes={config.data.num_classes}{arguments}, '
+        f'checkpoint_path="{out}")'
+    )
+    return 0
+
+
+def metadata(config: Config) -> dict[str, str]:
+    """What the header says, each value a string (JSON where it is not plain text), under timm's own names."""
+    from dgt.config import to_yaml
+
+    data, model = config.data, config.model
+    names = ("num_groups", "top_k", "num_iters")
+    facts: dict[str, Any] = {
+        "architecture": model.name,
+        "num_classes": data.num_classes,
+        "model_args": {name: getattr(model, name) for name in names if getattr(model, name) is not None},
+        "pretrained_cfg": {
+            "input_size": (3, data.image_size, data.image_size),
+            "mean": data.mean,
+            "std": data.std,
+            "crop_pct": data.eval_crop_pct,
+            "num_classes": data.num_classes,
+        },
+        "label_names": class_names(config),
+        "config": to_yaml(config),
+    }
+    return {"format": "pt"} | {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items() if v is not None}
+
+
+def class_names(config: Config) -> tuple[str, ...] | None:
+    """Names of the classes in the order of their indices; None where the data is not at hand."""
+    from data_pipeline.shards.source import DataError
+    from launch.checks import open_split
+
+    try:
+        source = open_split(config, config.data.val_split)
+    except DataError as error:
+        print(
+            f"dgt-export: the file will not name its classes, because the data cannot be opened: {error}",
+            file=sys.stderr,
+        )
+        return None
+    try:
+        return tuple(source.class_names)
+    finally:
+        source.close()
+
+
+def write(path: Path, tensors: dict[str, Any], facts: dict[str, str]) -> None:
+    """Writes the file so that nobody ever sees a part of it. Raises OSError."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=facts)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Weights out of a run's checkpoints, whatever engine and number of ranks wrote them; needs no GPU and no ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from launch.runs import LaunchError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dgt.config import Config
+    from dgt.training.checkpoint import Checkpoint
+
+Kind = Literal["ema", "raw"]
+
+log = logging.getLogger("launch")
+
+
+def find(checkpoints: Path, which: str) -> Checkpoint:
+    """The checkpoint "newest" or "best" in the folder `checkpoints`, or the one at the path `which`, verified.
+
+    "newest" passes over damaged ones, saying so. Raises CheckpointError where there is none, or where the one that
+    was named is damaged.
+    """
+    from dgt.training.checkpoint import CheckpointError, committed, verify
+
+    if which not in ("newest", "best"):
+        if not Path(which).is_dir():
+            raise CheckpointError(f"{which}: there is no such checkpoint; name a step_* folder, 'best' or 'newest'")
+        return verify(Path(which))
+    for path in committed(checkpoints):
+        try:
+            newest = verify(path)
+        except CheckpointError as error:
+            log.warning("checkpoint passed over: %s", error)
+            continue
+        best = newest.manifest["progress"]["best_step"]
+        if which == "newest" or best == newest.step:
+            return newest
+        if best is None:
+            raise CheckpointError(f"{checkpoints}: nothing was evaluated before {path.name}, so none is the best")
+        return verify(checkpoints / f"step_{best:08d}")
+    raise CheckpointError(f"there is no whole checkpoint in {checkpoints}; has the run saved one?")
+
+
+def read(checkpoint: Checkpoint, network: nn.Module, kind: Kind | None) -> tuple[dict[str, Tensor], Kind]:
+    """The state dict of `network` (which may lie on the meta device) from a checkpoint, on the CPU in float32.
+
+    `kind`: averaged or raw weights; None takes the averaged where there are any. Returns the tensors and their kind.
+    Raises CheckpointError where names or shapes are not the network's, LaunchError where there are no averages.
+    """
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from dgt.training.checkpoint import CheckpointError
+
+    saved = FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    averaged = any(name.startswith("ema.") for name in saved)
+    if kind == "ema" and not averaged:
+        raise LaunchError(f"{checkpoint.path} holds no averaged weights (ema.decay was 0); use --weights raw")
+    kind = kind or ("ema" if averaged else "raw")
+    part = "ema" if kind == "ema" else "model"
+    parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
+    sections: dict[str, dict[str, Tensor]] = {"model": dict(buffers)}
+    sections.setdefault(part, {}).update(parameters)
+    expected = {name for name in saved if name.startswith(f"{part}.")} - {f"model.{name}" for name in buffers}
+    if foreign := expected - {f"{part}.{name}" for name in parameters}:
+        raise CheckpointError(f"{checkpoint.path}: {min(foreign)} and {len(foreign) - 1} others are not the network's")
+    tensors = {
+        section: {name: torch.empty(like.shape, dtype=like.dtype, device="cpu") for name, like in likes.items()}
+        for section, likes in sections.items()
+        if likes
+    }
+    with warnings.catch_warnings():  # torch warns that there are no ranks, as is meant here
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            dcp.load(tensors, checkpoint_id=checkpoint.path, no_dist=True)
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise CheckpointError(f"{checkpoint.path}: does not fit {type(network).__name__}: {cause}") from None
+    return {name: tensor for section in tensors.values() for name, tensor in section.items()}, kind
+
+
+def without_start(config: Config) -> Config:
+    """The configuration without the weights that training began with, which a checkpoint replaces."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, checkpoint_path=""))
