@@ -11,7 +11,7 @@ Our choices, where its text does not settle the matter:
 - depths (1, 2, 18, 2), mlp ratio 4, G = 48 and k = 98 are fitted to these sizes; `dgt_nano` is ours altogether;
 - LayerNorm over channels everywhere (also after the strided convolution that starts a stage, as after the stem), none
   inside the IRFFN. No BatchNorm: an image must not depend on its batch-mates. The norm at a stage's start also keeps
-  the residual stream in float32 under autocast, where convolutions answer in bfloat16;
+  the residual stream in float32 under CUDA's autocast, where convolutions answer in bfloat16 and norms in float32;
 - the IRFFN has one GELU, after the depth-wise convolution and its shortcut, as in the Mix-FFN of SegFormer
   (arXiv 2105.15203): each hidden unit has seen its neighbours when it is gated, for one pass over the wide tensor.
 
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, lecun_normal_, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm2d, lecun_normal_, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from dgt.models.checkpointing import checkpoint_contexts
 from dgt.models.macs import StageGrouping, backbone_macs, stage_groupings
 
 
-class Stem(nn.Sequential):
+class Stem(nn.Module):
     """Two strided 3x3 convolutions to stride 4: (B, in_chans, H, W) -> (B, dim, H/4, W/4), rounded up."""
 
     def __init__(self, in_chans: int, dim: int) -> None:
@@ -47,7 +47,8 @@ class Stem(nn.Sequential):
         self.norm = LayerNorm2d(dim, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.norm(self.conv2(self.act(self.conv1(x))))
 
 
 class DGTStage(nn.Module):
@@ -112,12 +113,14 @@ class DGT(nn.Module):
         self.num_classes = num_classes
         self.drop_rate = drop_rate
         self.stem = Stem(in_chans, cfg.embed_dims[0])
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(cfg.depths), stagewise=True)
+        num_blocks = sum(cfg.depths)
+        drop_paths = [drop_path_rate * i / max(num_blocks - 1, 1) for i in range(num_blocks)]
         self.stages = nn.Sequential()
         self.feature_info: list[dict[str, Any]] = []
         for i, dim in enumerate(cfg.embed_dims):
             in_dim = cfg.embed_dims[i - 1] if i else None
-            self.stages.append(DGTStage(in_dim, dim, cfg, sum(cfg.depths[:i]), drop_paths[i]))
+            first = sum(cfg.depths[:i])
+            self.stages.append(DGTStage(in_dim, dim, cfg, first, drop_paths[first : first + cfg.depths[i]]))
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
         self.num_features = self.head_hidden_size = cfg.embed_dims[-1]
         self.norm: nn.Module = LayerNorm2d(self.num_features, eps=NORM_EPS)
@@ -281,7 +284,7 @@ def _create_dgt(variant: str, pretrained: bool, arch: Architecture, **kwargs: An
         variant,
         pretrained,
         model_cfg=replace(arch, **overrides),
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True},
         **kwargs,
     )
 

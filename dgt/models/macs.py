@@ -9,6 +9,7 @@ One multiply-accumulate is two floating-point operations.
 from typing import NamedTuple
 
 from dgt.models.architecture import Architecture
+from dgt.ops import is_dense
 
 
 class StageGrouping(NamedTuple):
@@ -42,7 +43,7 @@ def stage_groupings(arch: Architecture, height: int, width: int) -> list[StageGr
     for h, w in stage_resolutions(len(arch.depths), height, width):
         tokens = h * w
         groups, top_k = min(arch.num_groups, tokens), min(arch.top_k, tokens)
-        mode = "dense" if top_k >= tokens or groups <= 1 else "grouped"
+        mode = "dense" if is_dense(tokens, groups, top_k) else "grouped"
         groupings.append(StageGrouping(tokens, groups, top_k, mode))
     return groupings
 
