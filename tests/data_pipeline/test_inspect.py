@@ -11,6 +11,7 @@ import pytest
 
 from data_pipeline.inspect import main
 from data_pipeline.shards import shard_index
+from data_pipeline.shards.writer import tar_header
 
 
 @pytest.fixture
@@ -123,3 +124,14 @@ def test_every_byte_of_a_small_shard_matters(copy: Path, capsys: pytest.CaptureF
         _flip(path, position)
         assert main([str(copy)]) == 1, position
         assert len(_damages(capsys)) == 1, position
+
+
+def test_a_header_that_is_valid_but_another_file_s_is_found(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "train" / "shard-000000.tar"
+    index = shard_index.load(path.with_suffix(".idx"))
+    begin = int(index.records[1]["offset"]) - 512
+    data = path.read_bytes()
+    path.write_bytes(data[:begin] + tar_header("other/0001.jpg", int(index.records[1]["size"])) + data[begin + 512 :])
+    assert main([str(copy)]) == 1
+    (damage,) = _damages(capsys)
+    assert damage == f"damaged: train/shard-000000.tar: '{index.keys[1]}': the tar header of the image is damaged"
