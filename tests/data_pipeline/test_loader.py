@@ -271,6 +271,16 @@ def test_seed_0_epoch_1_differs_from_seed_1_epoch_0(config: DataConfig) -> None:
     assert all(pixels[0][sample] != pixels[1][sample] for sample in range(24))
 
 
+def test_augmentation_of_a_sample_changes_with_the_epoch_and_with_the_seed(config: DataConfig) -> None:
+    pixels = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        with open_loader(config, batch_size=24, seed=seed) as loader:
+            loader.set_epoch(epoch)
+            pixels.append({sample: image for sample, _, image in serve(loader, 1)})
+    for sample in range(24):
+        assert len({epoch[sample] for epoch in pixels}) == 3
+
+
 @pytest.mark.parametrize(("num_threads", "prefetch"), [(0, 2), (1, 0), (1, 1), (4, 1), (4, 9)])
 def test_threads_and_prefetching_do_not_change_what_is_served(
     config: DataConfig, num_threads: int, prefetch: int
