@@ -58,7 +58,7 @@ def reference_attention(
     detached, because they are piecewise constant. One group, or top_k >= L, is ordinary attention.
     """
     if q.numel() == 0:
-        return torch.zeros_like(q)
+        return q.clone()
     compute_dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         heads = zip(*(x.to(compute_dtype).flatten(0, 1) for x in (q, k, v)), strict=True)
