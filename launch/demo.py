@@ -17,7 +17,7 @@ from pathlib import Path
 CONFIG = "configs/dgt_nano_digits.yaml"
 DATA, RUN, WEIGHTS = Path("data/digits"), Path("runs/dgt_nano_digits"), Path("exports/dgt_nano_digits.safetensors")
 REQUIRED_TOP1 = 98.0
-INTERRUPT_AT_STEP = 200
+INTERRUPT_AT_STEP = 150
 """Optimizer steps after which the demo presses Ctrl-C."""
 TRAIN = ("launch/submit.py", "--config", CONFIG, "--cluster", "local", "--processes-per-node", "2")
 
