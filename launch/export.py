@@ -15,6 +15,7 @@ if not __package__:  # started as a file: what is imported must come from beside
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
 
 from launch import program
+from launch.runs import LaunchError
 
 if TYPE_CHECKING:
     from dgt.config import Config
@@ -50,7 +51,6 @@ def export(options: argparse.Namespace) -> int:
     from dgt.config import load
     from dgt.training.run_folder import RunFolder
     from launch import checks, weights
-    from launch.runs import LaunchError
     from launch.train import set_up_logging
 
     set_up_logging(0, sys.stderr)
@@ -62,10 +62,7 @@ def export(options: argparse.Namespace) -> int:
     found = weights.find((folder or RunFolder(config.run_dir)).checkpoints, options.checkpoint)
     tensors, kind = weights.read(found, checks.network(config), options.weights)
     facts = metadata(config) | {"step": str(found.step), "weights": kind}
-    try:
-        write(out, tensors, facts)
-    except OSError as error:
-        raise LaunchError(f"{out} cannot be written: {error.strerror or error}") from None
+    write(out, tensors, facts)
     print(f"{out}: {kind} weights of {found.path}, {out.stat().st_size:,} bytes")
     arguments = "".join(f", {key}={value}" for key, value in json.loads(facts["model_args"]).items())
     print("import dgt, timm")
@@ -119,14 +116,17 @@ def class_names(config: Config) -> tuple[str, ...] | None:
 
 
 def write(path: Path, tensors: dict[str, Any], facts: dict[str, str]) -> None:
-    """Writes the file so that nobody ever sees a part of it. Raises OSError."""
+    """Writes the file so that nobody ever sees a part of it. Raises LaunchError where that fails."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=facts)
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise LaunchError(f"{path} cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -46,8 +46,8 @@ class JobRecord:
     """Slurm's job number, or the local launcher's name for it."""
     nodes: int
     processes_per_node: int
-    code: str
-    """Folder of the snapshot that it runs."""
+    command: str
+    """What every rank executes, with the snapshot's path."""
     submitted: str
     """Time of submission, ISO 8601."""
     host: str = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +15,20 @@ if not __package__:  # started as a file: what is imported must come from beside
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
 
-from launch import checks, cluster, layout, local, program, runs, snapshot
-from launch.layout import Layout, Wish
+from launch import batch_script, checks, cluster, layout, local, profiles, program, runs, snapshot
+from launch.layout import Cluster, Layout, Wish
+from launch.profiles import Profile
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dgt.config import Config
 
-DEFAULT_GPUS_PER_NODE = 8
+FROM_COMMAND_LINE = (
+    "partition", "account", "qos", "constraint", "exclude", "mem", "time", "cpus_per_task", "signal_lead",
+    "max_retries",
+)  # fmt: skip
+"""Options that go before what the profile says."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,34 +48,70 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps.epochs=10")
     result.add_argument("--name", help="the run's name, in place of the configuration's")
     result.add_argument("--dry-run", action="store_true", help="show what would be started, and start nothing")
-    result.add_argument("--cluster", choices=("auto", "local"), default="auto", help="auto: Slurm where there is one")
+    result.add_argument(
+        "--cluster", choices=("auto", "slurm", "local"), default="auto", help="auto: Slurm where sbatch is"
+    )
     result.add_argument("--nodes", type=int, metavar="N", help="number of nodes (default: 1)")
-    result.add_argument("--gpus-per-node", type=int, metavar="M", help="one process per GPU (default: all)")
+    result.add_argument(
+        "--gpus-per-node", type=int, metavar="M", help="one process per GPU (default: all here, the profile's in Slurm)"
+    )
     result.add_argument("--processes-per-node", type=int, metavar="P", help="run on CPU with this many processes")
     result.add_argument(
         "--max-retries", type=int, metavar="R",
-        help="crashes in a row without a new checkpoint after which a run is still started again (default: 0 on this "
-        "machine)",
+        help="crashes in a row without a new checkpoint after which a run is still started again (default: 0 here, "
+        "the profile's in Slurm)",
     )  # fmt: skip
+    slurm = result.add_argument_group("Slurm", "each goes before what the profile says")
+    slurm.add_argument("--profile", metavar="NAME", help="slurm/profiles/NAME.yaml, or a path (default: generic)")
+    for option in ("partition", "account", "qos", "constraint", "exclude", "mem"):
+        slurm.add_argument(f"--{option}", help="as of sbatch")
+    slurm.add_argument("--time", help="limit of one attempt, as of sbatch; the run goes on after it")
+    slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="CPU cores of one process")
+    slurm.add_argument("--signal-lead", type=int, metavar="S", help="seconds before the limit at which ranks save")
     return result
 
 
 def submit(options: argparse.Namespace) -> int:
     """Loads the configuration, checks everything, and hands the job to where it runs."""
-    from dgt.config import load
+    from dgt.config import load, to_yaml
 
     name = [f"name={options.name}"] if options.name else []
     config = load(options.config, [*options.overrides, *name])
+    profile = profiles.load(options.profile, {name: getattr(options, name) for name in FROM_COMMAND_LINE})
     wish = Wish(options.cluster, options.nodes, options.gpus_per_node, options.processes_per_node, options.dry_run)
-    where = layout.choose(wish, DEFAULT_GPUS_PER_NODE)
-    checks.network(config)
+    where = layout.choose(wish, profile.gpus_per_node)
+    network = checks.network(config)
     checks.batches(config, where.ranks)
     found = checks.problems(lambda: checks.samples(config), lambda: checks.output_folder(config))
+    if options.dry_run:
+        return show(config, where, profile, network, found)
     if found:
         return program.refuse("dgt-submit", *found)
     with runs.locked(config.run_dir) as lock:
         refuse_active(config.run_dir)
-        return start_here(config, where, options.max_retries or 0, lock)
+        code = snapshot.take(config.run_dir, to_yaml(config)).absolute()
+        if where.cluster == "slurm":
+            return start_in_slurm(slurm_job(config, where, profile, code))
+        return start_here(config.run_dir, where, code, options.max_retries or 0, lock)
+
+
+def show(config: Config, where: Layout, profile: Profile, network: nn.Module, found: list[str]) -> int:
+    """Prints what would be started."""
+    from launch import plan
+
+    try:
+        samples = checks.samples(config)[0]
+    except checks.known_errors():  # it is among the problems found
+        samples = None
+    code = config.run_dir.absolute() / "code" / "DIGEST"
+    if where.cluster == "slurm":
+        job = batch_script.text(slurm_job(config, where, profile, code))
+    else:
+        job = f"{where.processes_per_node} x  {shlex.join(rank_command(code))}"
+    if where.cluster == "slurm" and not profile.cpus_per_task:
+        found = [*found, "no --cpus-per-task: Slurm gives each process one core, which decodes images slowly"]
+    print(plan.describe(config, where, network, samples, job, found))
+    return 0
 
 
 def refuse_active(run: Path) -> None:
@@ -83,21 +127,42 @@ def refuse_active(run: Path) -> None:
         )
 
 
-def start_here(config: Config, where: Layout, max_retries: int, lock: int) -> int:
-    """Runs the job on this machine to its end."""
-    from dgt.config import to_yaml
+def rank_command(code: Path) -> tuple[str, ...]:
+    """What every rank executes: the program of the snapshot, with the snapshot's configuration."""
+    return sys.executable, str(code / "launch" / "train.py"), "--config", str(code / "config.yaml")
 
-    code = snapshot.take(config.run_dir, to_yaml(config))
-    now = datetime.datetime.now()
-    name = f"local-{now:%Y%m%d-%H%M%S}-{os.getpid()}"
-    record = runs.JobRecord("local", name, 1, where.processes_per_node, str(code), now.isoformat(timespec="seconds"))
-    runs.write_record(config.run_dir, record)
-    local.say(f"run {config.run_dir}: {where}; curves: tensorboard --logdir {config.run_dir / 'tensorboard'}")
-    command = (sys.executable, str(code.absolute() / "launch" / "train.py"), "--config", str(code / "config.yaml"))
-    job = local.LocalJob(
-        name, config.run_dir, command, where.processes_per_node, use_gpus=where.use_gpus, max_retries=max_retries
-    )
+
+def slurm_job(config: Config, where: Layout, profile: Profile, code: Path) -> batch_script.SlurmJob:
+    """The job as sbatch is to get it."""
+    return batch_script.SlurmJob(config.run_dir.absolute(), rank_command(code), Path.cwd(), where, profile)
+
+
+def start_in_slurm(job: batch_script.SlurmJob) -> int:
+    """Submits the job and says where to look."""
+    number = batch_script.submit(job)
+    record(job.run, "slurm", number, job.layout, job.command)
+    print(f"run {job.run}: Slurm job {number}, {job.layout}")
+    print(f"  logs    {job.run / 'logs'} (batch.log, rank-*.log)")
+    print(f"  state   squeue --jobs={number}")
+    print(f"  curves  tensorboard --logdir {job.run / 'tensorboard'}")
+    print(f"  stop    scancel {number}; submitting the same name again goes on")
+    return 0
+
+
+def start_here(run: Path, where: Layout, code: Path, max_retries: int, lock: int) -> int:
+    """Runs the job on this machine to its end."""
+    name = f"local-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    command = rank_command(code)
+    record(run, "local", name, where, command)
+    local.say(f"run {run}: {where}; curves: tensorboard --logdir {run / 'tensorboard'}")
+    job = local.LocalJob(name, run, command, where.processes_per_node, where.use_gpus, max_retries)
     return local.run(job, lock)
+
+
+def record(run: Path, where: Cluster, job: str, size: Layout, command: tuple[str, ...]) -> None:
+    """Notes the job in the run's folder."""
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    runs.write_record(run, runs.JobRecord(where, job, size.nodes, size.processes_per_node, shlex.join(command), now))
 
 
 if __name__ == "__main__":
