@@ -30,9 +30,8 @@ from data_pipeline.transforms import eval_transform, train_transform
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
-_MAX_TASK = (
-    16  # samples a thread takes at a time: enough to hide the cost of a task, few enough to share a batch evenly
-)
+# Samples a thread takes at a time: enough to hide the cost of a task, few enough to share a batch evenly.
+_MAX_TASK = 16
 
 
 class Loader:

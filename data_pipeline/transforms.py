@@ -88,7 +88,7 @@ def resize(image: Image, out: Image, interpolation: Interpolation) -> None:
         mode="bilinear",
         antialias=interpolation == "antialias",
     )
-    out[...] = resized.permute(0, 2, 3, 1)[0].numpy()
+    out[...] = resized.permute(0, 2, 3, 1).numpy()[0]
 
 
 def mirror(image: Image) -> Image:
