@@ -247,6 +247,7 @@ def test_group_matcher_orders_every_parameter_by_depth(coarse):
     assert layer_of["stem.conv1.weight"] == 0
     blocks = [layer_of[f"stages.{s}.blocks.{b}.attn.qkv.weight"] for s, b in [(0, 0), (1, 0), (2, 0), (2, 1), (3, 0)]]
     assert blocks == ([1, 2, 3, 3, 4] if coarse else [1, 2, 3, 4, 5])
+    assert coarse or layer_of["norm.weight"] == blocks[-1]
     assert layer_of["head.fc.weight"] == max(layer_of.values()) > blocks[-1]
 
 
