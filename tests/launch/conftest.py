@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = """
 name: tiny
 output_dir: {folder}
 model: {{name: dgt_nano, drop_path_rate: 0.1}}
-data:
-  {{backend: synthetic, num_classes: 4, image_size: 32, num_threads: 0, synthetic: {{train_samples: 32, val_samples: 9}}}}
+data: {{backend: synthetic, num_classes: 4, image_size: 32, num_threads: 0}}
 steps: {{epochs: 2, global_batch_size: 8, micro_batch_size: 4, evaluate_every_epochs: 0}}
 engine: {{name: fsdp, precision: fp32, threads: 1}}
 checkpoint: {{every_steps: 3, keep_last: 2}}
@@ -35,8 +35,15 @@ PATIENCE = 120
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """Eight steps of four samples for each of two ranks; the run is `tmp_path`/runs/tiny."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(CONFIG.format(folder=tmp_path / "runs"))
+    return write_config(tmp_path)
+
+
+def write_config(folder: Path) -> Path:
+    """The configuration, for runs in `folder`/runs."""
+    values = yaml.safe_load(CONFIG.format(folder=folder / "runs"))
+    values["data"]["synthetic"] = {"train_samples": 32, "val_samples": 9}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
     return path
 
 
@@ -50,8 +57,6 @@ def wait_for(happened: Callable[[], object], what: str) -> None:
 
 def steps_logged(run: Path) -> list[int]:
     """The training steps in metrics.jsonl, in order."""
-    import json
-
     path = run / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return [row["step"] for row in rows if "train/loss" in row]
@@ -172,8 +177,3 @@ def all_idle(nodes: int) -> bool:
     answer = subprocess.run(["sinfo", "-h", "-N", "-p", "low", "-o", "%T"], capture_output=True, text=True)
     return answer.stdout.split() == ["idle"] * nodes
 
-
-def run_program(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """Runs `python ARGUMENTS` from the repository."""
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE, **options)  # type: ignore[call-overload]

@@ -32,7 +32,7 @@ def test_job_on_two_nodes_runs_the_snapshot_and_finishes(slurm: Slurm, config: P
 
 def test_preempted_job_saves_is_requeued_and_finishes(slurm: Slurm, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tiny"
-    long = ["steps.epochs=10", "checkpoint.every_steps=1000"]
+    long = ["steps.epochs=5", "checkpoint.every_steps=1000"]
     assert submit.main(["--config", str(config), *TWO_NODES, *long]) == 0
     job = json.loads((run / "job.json").read_text())["job"]
     wait_for(lambda: has_step(run, 2), "the second step")
@@ -44,5 +44,5 @@ def test_preempted_job_saves_is_requeued_and_finishes(slurm: Slurm, config: Path
     wait_for(lambda: slurm.state(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), "the job's end")
     assert slurm.state(job)["JobState"] == "COMPLETED", (run / "logs" / "batch.log").read_text()
     assert slurm.state(job)["Restarts"] == "1"
-    assert steps_logged(run) == list(range(1, 41))
+    assert steps_logged(run) == list(range(1, 21))
     assert f"resuming after step {stopped['step']}" in (run / "logs" / "rank-0.log").read_text()

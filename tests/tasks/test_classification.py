@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data_pipeline.config import DataConfig
+from dgt.models import ModelConfig
+from dgt.tasks import Classification, ClassificationConfig, Inputs
+
+
+class Fixed(nn.Module):
+    """Answers with logits given beforehand, image i with row i."""
+
+    def __init__(self, logits: Tensor):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+        return self.logits[: len(images)]
+
+
+def task(smoothing: float = 0.1, classes: int = 8) -> Classification:
+    result = Classification(
+        ClassificationConfig(label_smoothing=smoothing), ModelConfig(name="dgt_nano"), DataConfig(num_classes=classes)
+    )
+    result.build_model()
+    return result
+
+
+def test_the_loss_is_a_sum_so_that_parts_of_a_batch_add_up() -> None:
+    logits, labels, keys = torch.randn(6, 8), torch.arange(6), torch.zeros(6, dtype=torch.int64)
+    images = torch.zeros(6, 3, 4, 4)
+    whole = task().loss(Fixed(logits), Inputs(images, labels, keys))
+    first = task().loss(Fixed(logits[:4]), Inputs(images[:4], labels[:4], keys[:4]))
+    rest = task().loss(Fixed(logits[4:]), Inputs(images[4:], labels[4:], keys[4:]))
+    torch.testing.assert_close(whole, first + rest)
+    target = F.one_hot(labels, 8) * 0.9 + 0.1 / 8
+    torch.testing.assert_close(whole, -(target * logits.log_softmax(1)).sum())
+
+
+def test_padding_and_ties_count_exactly_as_defined() -> None:
+    logits = torch.tensor(
+        [
+            [9.0, 1, 1, 1, 1, 1, 1, 1],  # right at the first guess
+            [0.0, 9, 8, 7, 6, 5, 4, 3],  # label 5 is the fifth guess
+            [0.0, 9, 8, 7, 6, 5, 4, 3],  # label 6 is the sixth: neither
+            [1.0, 1, 1, 1, 1, 1, 1, 1],  # all equal: the lowest class is the guess
+            [9.0, 0, 0, 0, 0, 0, 0, 0],  # padding, right, not counted
+        ]
+    )
+    labels, valid = torch.tensor([0, 5, 6, 0, 0]), torch.tensor([True, True, True, True, False])
+    totals = task().totals(Fixed(logits), torch.zeros(5, 3, 4, 4), labels, valid)
+    assert totals.dtype == torch.float64
+    metrics = task().metrics(totals)
+    assert metrics["samples"] == 4
+    assert metrics["top1"] == 50.0
+    assert metrics["top5"] == 75.0
+    assert metrics["loss"] == pytest.approx(float(F.cross_entropy(logits[:4], labels[:4])), rel=1e-6)
+
+
+def test_a_network_whose_drop_path_cannot_be_repeated_is_refused() -> None:
+    swin = ModelConfig(name="swin_tiny_patch4_window7_224", drop_path_rate=0.1)
+    with pytest.raises(ValueError, match="draws its drop-path masks from a global generator"):
+        Classification(ClassificationConfig(), swin, DataConfig(num_classes=8)).build_model()
