@@ -164,7 +164,7 @@ def check_keys(values: Any, kind: type, source: str, prefix: str = "") -> None:
         if key not in hints:
             raise ConfigError(f"{source}: unknown key {prefix}{key}{suggestion(str(key), prefix, list(hints))}")
         if dataclasses.is_dataclass(hints[key]):
-            check_keys(value, hints[key], source, f"{prefix}{key}.")  # type: ignore[arg-type]
+            check_keys(value, hints[key], source, f"{prefix}{key}.")
 
 
 def suggestion(key: str, prefix: str, known: Sequence[str]) -> str:
@@ -183,8 +183,8 @@ def leaf_keys(kind: type, prefix: str = "") -> list[tuple[str, str]]:
     """(name, dotted path) of every key below the dataclass `kind`."""
     keys: list[tuple[str, str]] = []
     for name, hint in get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            keys += leaf_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            keys += leaf_keys(hint, f"{prefix}{name}.")
         else:
             keys.append((name, prefix + name))
     return keys

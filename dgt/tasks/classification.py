@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.config import DataConfig
-from dgt.models import ModelConfig, build_model
+from dgt.models import DGT, ModelConfig, build_model
 from dgt.tasks.task import Inputs
 
 
@@ -38,6 +38,7 @@ class Classification:
         self.config = config
         self.model_config = model
         self.num_classes = data.num_classes
+        self.image_size = data.image_size
 
     def build_model(self) -> nn.Module:
         """The configured network with one output per class.
@@ -53,6 +54,10 @@ class Classification:
                 "which a resumed run cannot repeat; set it to 0 or use a DGT model"
             )
         return model
+
+    def macs(self, network: nn.Module) -> int | None:
+        """Multiply-accumulates at the training size; None for networks that are not ours."""
+        return network.macs(self.image_size, self.image_size) if isinstance(network, DGT) else None
 
     def loss(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Sum over samples of the smoothed cross-entropy; a mixed sample's target is the mixture of both labels.

@@ -34,6 +34,10 @@ class Task(Protocol):
         """The network, freshly initialised from torch's global generator."""
         ...
 
+    def macs(self, network: nn.Module) -> int | None:
+        """Multiply-accumulates of one forward pass of one training image; None where the network does not say."""
+        ...
+
     def loss(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Scalar: the *sum* of the samples' losses, so that any split of a batch adds up to the same."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,6 @@ class Ema:
         torch._foreach_lerp_(local(self.averages), local(self.parameters), weight)
 
 
-def local(tensors: dict[str, Tensor]) -> list[Tensor]:
+def local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """This rank's part of each tensor; shares memory with it."""
     return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors.values()]

@@ -206,7 +206,6 @@ class Trainer:
 
     def open_monitor(self) -> Monitor:
         """The reports of this attempt, from the step it starts at."""
-        network, side = self.engine.network, self.config.data.image_size
-        macs = network.macs(side, side) if hasattr(network, "macs") else None
+        macs = self.task.macs(self.engine.network)
         size = Size(self.last_step, self.steps_per_epoch, self.config.steps.global_batch_size, self.world.size, macs)
         return Monitor(self.config.monitor, self.folder, size, self.progress.step, self.world.is_main)

@@ -60,7 +60,7 @@ class World:
         result, error = self.gather((result, error))[0]
         if error is not None:
             raise error
-        return result  # type: ignore[return-value]
+        return result
 
     def barrier(self) -> None:
         """Waits until every rank is here."""

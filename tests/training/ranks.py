@@ -18,8 +18,17 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["dgt.config", "dgt.training.trainer", "dgt.training.parallel.ddp",
-                                "dgt.training.parallel.fsdp", "torch.utils.tensorboard", "torch._dynamo", "pydantic"])  # fmt: skip
+context.set_forkserver_preload(
+    [
+        "dgt.config",
+        "dgt.training.trainer",
+        "dgt.training.parallel.ddp",
+        "dgt.training.parallel.fsdp",
+        "torch.utils.tensorboard",
+        "torch._dynamo",
+        "pydantic",
+    ]
+)
 
 
 @dataclass(frozen=True)

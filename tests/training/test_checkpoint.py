@@ -80,7 +80,7 @@ def test_no_fresh_start_where_every_checkpoint_is_damaged(tmp_path: Path, world:
     save(tmp_path, 1, world)
     (tmp_path / "step_00000001" / "__0_0.distcp").unlink()
     for _ in range(2):  # the second attempt finds only what the first has set aside
-        with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
             checkpoint.newest(tmp_path, lambda _: None)
     assert checkpoint.newest(tmp_path / "empty", print) is None
 

@@ -44,7 +44,7 @@ def evaluation_of(folder: Path, engine: str, samples: int, steps: StepsConfig) -
 def test_evaluation_counts_each_sample_once_for_sizes_that_do_not_divide(
     tmp_path: Path, engine: str, ranks: int, samples: int
 ) -> None:
-    steps = StepsConfig(epochs=1, global_batch_size=6, micro_batch_size=2, max_steps=1)
+    steps = StepsConfig(epochs=1, global_batch_size=2 * ranks, micro_batch_size=2, max_steps=1)
     single = evaluation_of(tmp_path / "single", "ddp", samples, steps)
     assert single["samples"] == samples
     for result in run_ranks(ranks, evaluation_of, tmp_path / "ranks", engine, samples, steps):

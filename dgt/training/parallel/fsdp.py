@@ -20,8 +20,6 @@ from dgt.training.world import World
 class FsdpEngine(Engine):
     """FSDP2's `fully_shard` around every DG-Attention block and around the rest."""
 
-    network: FSDPModule | nn.Module
-
     def __init__(self, network: nn.Module, world: World, config: EngineConfig, optimizer: OptimizerConfig):
         mesh = init_device_mesh(world.device.type, (world.size,))
         inner = outer = MixedPrecisionPolicy()
@@ -37,6 +35,7 @@ class FsdpEngine(Engine):
     @contextmanager
     def accumulating(self, last: bool) -> Any:
         """Keeps whole gradients on this rank until the last micro-batch scatters their sum."""
+        assert isinstance(self.network, FSDPModule)
         self.network.set_requires_gradient_sync(last)
         yield
 
