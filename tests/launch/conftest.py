@@ -176,4 +176,3 @@ def all_idle(nodes: int) -> bool:
     """Whether every node waits for work."""
     answer = subprocess.run(["sinfo", "-h", "-N", "-p", "low", "-o", "%T"], capture_output=True, text=True)
     return answer.stdout.split() == ["idle"] * nodes
-

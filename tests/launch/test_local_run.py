@@ -1,0 +1,240 @@
+"""Runs on this machine, started as a person starts them: to the end, interrupted, killed, evaluated, exported."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import has_step, steps_logged, wait_for, write_config
+from safetensors import safe_open
+
+from dgt.config import load
+from launch import checks, evaluate, export, runs, submit, train, weights
+
+
+@dataclass
+class Started:
+    """One call of `launch/submit.py --cluster local`."""
+
+    status: int
+    out: str
+    err: str
+    seen: list[Any]
+
+
+def start(config: Path, *arguments: str, meanwhile: Callable[[], Any] = lambda: None, processes: int = 2) -> Started:
+    """Calls the program and, in a thread beside it, `meanwhile`, whose result is kept."""
+    seen: list[Any] = []
+    beside = threading.Thread(target=lambda: seen.append(meanwhile()))
+    beside.start()
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        place = ["--cluster", "local", "--processes-per-node", str(processes)]
+        status = submit.main(["--config", str(config), *place, *arguments])
+    beside.join()
+    return Started(status, out.getvalue(), err.getvalue(), seen)
+
+
+def running_ranks(run: Path) -> list[int]:
+    """Processes that execute this run's program, rank 0 first."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(run / "code").encode() in (entry / "cmdline").read_bytes():
+                variables = (entry / "environ").read_bytes().split(b"\0")
+                found[next(v for v in variables if v.startswith(b"RANK="))] = int(entry.name)
+        except (OSError, StopIteration):  # it has just ended, or just begun
+            continue
+    return [found[rank] for rank in sorted(found)]
+
+
+def interrupt_after_step_two(run: Path) -> str:
+    """Tries to take the run's lock while it trains, then presses Ctrl-C; returns what the lock said."""
+    wait_for(lambda: has_step(run, 2), "the second step")
+    try:
+        with runs.locked(run):
+            refusal = ""
+    except runs.LaunchError as error:
+        refusal = str(error)
+    os.kill(os.getpid(), signal.SIGINT)
+    return refusal
+
+
+@dataclass
+class Line:
+    """One run, stopped by Ctrl-C after two steps or more, started again, finished."""
+
+    config: Path
+    run: Path
+    first: Started
+    second: Started
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
+    folder = tmp_path_factory.mktemp("line")
+    config, run = write_config(folder), folder / "runs" / "tiny"
+    first = start(config, "steps.epochs=4", meanwhile=lambda: interrupt_after_step_two(run))
+    return Line(config, run, first, start(config, "steps.epochs=4"))
+
+
+def test_ctrl_c_saves_a_checkpoint_and_gives_130(line: Line) -> None:
+    assert line.first.status == 130
+    stopped = json.loads(next((line.run / "jobs").glob("local-*.0.interrupted")).read_text())
+    assert stopped["signal"] == "SIGINT"
+    assert 2 <= stopped["step"] < 16
+    assert f"checkpoint of step {stopped['step']} saved" in line.first.out
+    assert f"resuming after step {stopped['step']}" in line.second.out
+
+
+def test_run_is_locked_while_it_trains(line: Line) -> None:
+    assert "the run tiny is active" in line.first.seen[0]
+
+
+def test_same_command_resumes_and_finishes_with_one_continuous_history(line: Line) -> None:
+    assert line.second.status == 0, line.second.err
+    assert steps_logged(line.run) == list(range(1, 17))
+    assert "training is complete after step 16" in line.second.out
+    assert not running_ranks(line.run)
+    assert len(list((line.run / "code").iterdir())) == 1, "the same code and configuration were copied twice"
+
+
+def test_every_rank_runs_the_snapshot_and_appends_to_its_log(line: Line) -> None:
+    code = next((line.run / "code").iterdir())
+    for rank in (0, 1):
+        log = (line.run / "logs" / f"rank-{rank}.log").read_text()
+        assert log.count(f"rank {rank} of 2") == 2
+        assert log.count(f"dgt from {code / 'dgt'}") == 2
+
+
+@pytest.fixture
+def as_program() -> Iterator[None]:
+    """Undoes what the programs set up for a whole process: logging and signal handlers."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    root = list(logging.root.handlers)
+    threads = torch.get_num_threads()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    logging.root.handlers[:] = root
+    logging.captureWarnings(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("as_program")
+def test_evaluation_gives_the_metrics_that_training_ended_with(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["--config", str(line.config), "--checkpoint", "newest", "--json", "steps.epochs=4"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    logged = json.loads((line.run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (found["step"], found["weights"], found["samples"]) == (16, "ema", 9)
+    for name in ("top1", "top5", "loss"):
+        # one rank batches the images otherwise than two did: float32 sums differ in their last bits
+        assert found[name] == pytest.approx(logged[f"val/{name}"], rel=1e-5)
+
+
+@pytest.mark.usefixtures("as_program")
+@pytest.mark.parametrize("kind", ["ema", "raw"])
+def test_exported_file_loads_in_timm_and_computes_the_same(line: Line, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "tiny.safetensors"
+    assert export.main(["--run", str(line.run), "--checkpoint", "newest", "--weights", kind, "--out", str(out)]) == 0
+    config = load(line.run / "config.yaml")
+    network = checks.network(config).to_empty(device="cpu")
+    found = weights.find(line.run / "checkpoints", "newest")
+    network.load_state_dict(weights.read(found, network, kind)[0])  # type: ignore[arg-type]
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    loaded = timm.create_model("dgt_nano", num_classes=4, checkpoint_path=str(out))
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(images), network.eval()(images))
+    with safe_open(out, "pt") as file:
+        facts = file.metadata()
+    assert (facts["architecture"], facts["step"], facts["weights"]) == ("dgt_nano", "16", kind)
+    assert json.loads(facts["label_names"]) == ["class_0", "class_1", "class_2", "class_3"]
+    assert json.loads(facts["pretrained_cfg"])["input_size"] == [3, 32, 32]
+
+
+@pytest.mark.usefixtures("as_program")
+def test_averaged_weights_differ_from_raw_ones(line: Line) -> None:
+    found, network = weights.find(line.run / "checkpoints", "newest"), checks.network(load(line.run / "config.yaml"))
+    ema, raw = (weights.read(found, network, kind)[0]["head.fc.weight"] for kind in ("ema", "raw"))  # type: ignore[arg-type]
+    assert not torch.equal(ema, raw)
+    assert weights.read(found, network, None)[1] == "ema"
+
+
+@pytest.mark.usefixtures("as_program")
+def test_damaged_checkpoint_is_named_and_nothing_is_exported(
+    line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    damaged = tmp_path / "step_00000016"
+    shutil.copytree(line.run / "checkpoints" / "step_00000016", damaged)
+    victim = next(damaged.glob("__0_*.distcp"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    out = tmp_path / "out.safetensors"
+    assert export.main(["--run", str(line.run), "--checkpoint", str(damaged), "--out", str(out)]) == 2
+    assert f"{victim}: its checksum is not the manifest's" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def kill_rank_one(run: Path) -> int:
+    """SIGKILLs rank 1 once step 4 is logged, by when there is a checkpoint; returns rank 0's process."""
+    wait_for(lambda: has_step(run, 4), "the fourth step")
+    first, second = running_ranks(run)
+    os.kill(second, signal.SIGKILL)
+    return first
+
+
+def test_killed_rank_ends_the_others_and_the_retry_resumes(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tiny"
+    started = start(config, "--max-retries", "1", "steps.epochs=3", meanwhile=lambda: kill_rank_one(run))
+    assert started.status == 0, started.err
+    assert "rank 1 was ended by SIGKILL; the end of" in started.err
+    assert "rank 1 of 2" in started.err, "the log's end was not shown"
+    assert "retry 1 of 1" in started.err
+    assert not Path(f"/proc/{started.seen[0]}").exists()
+    assert "resuming after step" in started.out
+    assert steps_logged(run) == list(range(1, 13))
+
+
+def terminate_after_step_two(run: Path) -> None:
+    """What a service manager does."""
+    wait_for(lambda: has_step(run, 2), "the second step")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_is_a_planned_stop(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tiny"
+    started = start(config, "steps.epochs=50", meanwhile=lambda: terminate_after_step_two(run), processes=1)
+    assert started.status == 0, started.err
+    stopped = json.loads(next((run / "jobs").glob("*.interrupted")).read_text())
+    assert stopped["signal"] == "SIGTERM"
+    assert (run / "checkpoints" / f"step_{stopped['step']:08d}").is_dir()
+
+
+@pytest.mark.usefixtures("as_program")
+def test_rank_says_a_known_error_in_one_sentence_and_leaves_a_marker(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(runs.MARKER_VARIABLE, str(tmp_path / "jobs" / "j.0"))
+    assert train.main(["--config", str(config), "steps.epochs=two"]) == 2
+    said = capsys.readouterr().out
+    assert "steps.epochs" in said
+    assert "Traceback" not in said
+    marker = runs.read_marker(str(tmp_path / "jobs" / "j.0"))
+    assert marker is not None
+    assert marker[0] == "failed"
+    assert "steps.epochs" in marker[1]["reason"]
