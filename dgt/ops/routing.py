@@ -45,11 +45,12 @@ def _first_largest(scores: Tensor) -> Tensor:
     """Index (N, L) int64 of the first largest of scores (N, G, L) along G; always in range, also for NaN.
 
     The same as `argmax(1)`, which is an order of magnitude slower on CPU along a dimension that is not the last.
+    Overwrites the scores: a comparison that writes floats is the fast one.
     """
     num_groups = scores.shape[1]
-    rank = torch.arange(num_groups, 0, -1, device=scores.device, dtype=torch.uint8 if num_groups < 256 else torch.int32)
-    is_largest = scores == scores.amax(1, keepdim=True)
-    first = (is_largest * rank[:, None]).amax(1)
+    countdown = torch.arange(num_groups, 0, -1, device=scores.device, dtype=scores.dtype)
+    is_largest = scores.eq_(scores.amax(1, keepdim=True))
+    first = is_largest.mul_(countdown[:, None]).amax(1)
     return (num_groups - first.long()).clamp_(max=num_groups - 1)
 
 
@@ -81,11 +82,13 @@ def _assign(q: Tensor, num_groups: int, num_iters: int) -> tuple[Tensor, Tensor]
     return assignment, centroids
 
 
-def _select(centroids: Tensor, k: Tensor, top_k: int) -> Tensor:
-    """Indices (N, G, top_k) int64 of the keys k (N, L, D) with the largest products with centroids (N, G, D)."""
-    scores = _products(centroids, k)
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Indices (..., count) int64 of the largest scores (..., L), in any order; the lowest of those that tie.
+
+    Overwrites the scores.
+    """
     if scores.dtype == torch.float64:
-        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     # top-k breaks ties as it likes. So rank one integer that holds the score in its upper half, mapped so that integers
     # compare as the floats do, and the inverted index in its lower half.
     length = scores.shape[-1]
@@ -93,7 +96,7 @@ def _select(centroids: Tensor, k: Tensor, top_k: int) -> Tensor:
     bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
     inverted_index = torch.arange(length - 1, -1, -1, device=scores.device)
     ranked = bits.long().bitwise_left_shift_(32).bitwise_or_(inverted_index)
-    top = ranked.topk(top_k, sorted=False).values
+    top = ranked.topk(count, sorted=False).values
     return (length - 1) - top.bitwise_and_(0xFFFFFFFF)
 
 
@@ -150,7 +153,7 @@ def select_keys(centroids: Tensor, k: Tensor, top_k: int) -> Tensor:
     top_k = min(top_k, k.shape[2])
     with full_precision(k.device):
         rows = _rows(k)
-        indices = _select(centroids.flatten(0, 1).to(rows.dtype), rows, top_k)
+        indices = _largest(_products(centroids.flatten(0, 1).to(rows.dtype), rows), top_k)
     return indices.view(b, h, num_groups, top_k).int()
 
 
