@@ -1,0 +1,244 @@
+"""Snapshot, lock, layout, profiles, the ranks' variables, memory: the parts of the launcher, each alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dgt.config import load
+from launch import checks, cluster, layout, memory, profiles, runs, snapshot
+from launch.layout import Layout, Wish
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A small git checkout with committed, changed, new, deleted and ignored files."""
+    root = tmp_path / "checkout"
+    for name, text in {
+        "launch/train.py": "v1", "dgt/ops/a.py": "a", "dgt/gone.py": "g", "data_pipeline/b.py": "b",
+        "docs/c.md": "not code", ".gitignore": "secret*\n",
+    }.items():  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    git = ["git", "-C", str(root), "-c", "user.name=t", "-c", "user.email=t@t"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    (root / "launch" / "train.py").write_text("v2")
+    (root / "dgt" / "new.py").write_text("n")
+    (root / "dgt" / "secret.py").write_text("key")
+    (root / "dgt" / "gone.py").unlink()
+    return root
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Files below a folder."""
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_snapshot_holds_the_code_as_it_is_without_ignored_files(checkout: Path, tmp_path: Path) -> None:
+    taken = snapshot.take(tmp_path / "run", "name: x\n", checkout)
+    found = content(taken)
+    facts = json.loads(found.pop("snapshot.json"))
+    assert found == {
+        "launch/train.py": "v2", "dgt/ops/a.py": "a", "dgt/new.py": "n", "data_pipeline/b.py": "b",
+        "config.yaml": "name: x\n",
+    }  # fmt: skip
+    commit = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    assert facts["commit"] == commit.strip()
+    assert facts["changed"] == [" D dgt/gone.py", " M launch/train.py", "?? dgt/new.py"]
+
+
+def test_snapshot_is_shared_by_equal_submissions_and_new_after_an_edit(checkout: Path, tmp_path: Path) -> None:
+    first = snapshot.take(tmp_path / "run", "a: 1\n", checkout)
+    assert snapshot.take(tmp_path / "run", "a: 1\n", checkout) == first
+    (checkout / "dgt" / "new.py").write_text("edited")
+    second = snapshot.take(tmp_path / "run", "a: 1\n", checkout)
+    third = snapshot.take(tmp_path / "run", "a: 2\n", checkout)
+    assert len({first, second, third}) == 3
+    assert (first / "dgt" / "new.py").read_text() == "n"
+
+
+def test_snapshot_of_an_installed_package_copies_the_packages(checkout: Path, tmp_path: Path) -> None:
+    installed = tmp_path / "site"
+    for name in ("launch/train.py", "dgt/a.py", "dgt/__pycache__/a.pyc", "numpy/other.py"):
+        (installed / name).parent.mkdir(parents=True, exist_ok=True)
+        (installed / name).write_text(name)
+    assert snapshot.code_files(installed) == ["dgt/a.py", "launch/train.py"]
+
+
+def test_half_made_snapshot_has_no_name_that_is_used(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(snapshot.shutil, "copy2", full_disk)
+    with pytest.raises(runs.LaunchError, match="No space left"):
+        snapshot.take(tmp_path / "run", "", checkout)
+    assert content(tmp_path / "run") == {}
+
+
+def test_lock_is_refused_while_held_and_free_afterwards(tmp_path: Path) -> None:
+    held = pytest.raises(runs.LaunchError, match=f"process {os.getpid()} on")
+    with runs.locked(tmp_path / "run"), held, runs.locked(tmp_path / "run"):
+        pass
+    with runs.locked(tmp_path / "run"):
+        pass
+
+
+def test_lock_lasts_as_long_as_a_process_that_inherited_it(tmp_path: Path) -> None:
+    with runs.locked(tmp_path) as descriptor:
+        heir = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=(descriptor,))
+    try:
+        with pytest.raises(runs.LaunchError, match="active"), runs.locked(tmp_path):
+            pass
+    finally:
+        heir.kill()
+        heir.wait()
+        if heir.stdin:
+            heir.stdin.close()
+    with runs.locked(tmp_path):
+        pass
+
+
+def test_marker_is_read_back_and_a_crash_leaves_none(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "jobs" / "12.0")
+    assert runs.read_marker(prefix) is None
+    runs.leave_marker(prefix, "interrupted", {"step": 3, "signal": "SIGUSR2"})
+    assert runs.read_marker(prefix) == ("interrupted", {"step": 3, "signal": "SIGUSR2"})
+    assert [p.name for p in (tmp_path / "jobs").iterdir()] == ["12.0.interrupted"]
+
+
+def test_layout_follows_the_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "has_slurm", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert layout.choose(Wish(), 8) == Layout("local", 1, 1, False)
+    assert layout.choose(Wish(processes_per_node=3), 8) == Layout("local", 1, 3, False)
+    assert layout.choose(Wish(nodes=8, dry_run=True), 4) == Layout("slurm", 8, 4, True)
+    assert layout.choose(Wish("slurm", gpus_per_node=2), 8) == Layout("slurm", 1, 2, True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert layout.choose(Wish(), 8) == Layout("local", 1, 2, True)
+    monkeypatch.setattr(layout, "has_slurm", lambda: True)
+    assert layout.choose(Wish(nodes=2, processes_per_node=1), 8) == Layout("slurm", 2, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("wish", "sentence"),
+    [
+        (Wish(nodes=2), "2 nodes need Slurm"),
+        (Wish("local", gpus_per_node=3), "shows 0 GPUs"),
+        (Wish("local", gpus_per_node=1, processes_per_node=1), "give one"),
+        (Wish("local", processes_per_node=0), "--processes-per-node must be at least 1"),
+    ],
+)
+def test_wish_that_cannot_be_met_is_refused(wish: Wish, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "has_slurm", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(runs.LaunchError, match=sentence):
+        layout.choose(wish, 8)
+
+
+def test_generic_profile_is_what_the_class_says() -> None:
+    assert profiles.load("generic", {}) == profiles.Profile()
+    assert profiles.load(None, {"partition": "gpu", "time": None}) == profiles.Profile(partition="gpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("partitoin: x", "unknown key partitoin; did you mean partition"),
+        ("gpus_per_node: eight", "gpus_per_node must be int, got 'eight'"),
+        ("exclusive: 1", "exclusive must be bool"),
+        ("cpus_per_task: true", "cpus_per_task must be int"),
+        ("- a", "expected keys and values"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_wrong_profile_is_named(text: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(runs.LaunchError, match=sentence):
+        profiles.load(str(path), {})
+
+
+def test_unknown_profile_lists_the_known_ones() -> None:
+    with pytest.raises(runs.LaunchError, match="there are generic in"):
+        profiles.load("nowhere", {})
+
+
+STEP = {
+    "SLURM_JOB_ID": "12", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
+}  # fmt: skip
+
+
+def test_srun_task_knows_its_rank() -> None:
+    found = cluster.rank_variables(STEP | {"MASTER_PORT": "4242"})
+    assert found == {
+        "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "4242",
+    }  # fmt: skip
+
+
+def test_every_attempt_without_a_given_port_has_another_one_for_all_ranks() -> None:
+    first, other_rank = cluster.rank_variables(STEP), cluster.rank_variables(STEP | {"SLURM_PROCID": "0"})
+    second = cluster.rank_variables(STEP | {"SLURM_RESTART_COUNT": "1"})
+    assert first["MASTER_PORT"] == other_rank["MASTER_PORT"] != second["MASTER_PORT"]
+
+
+def test_torchrun_and_a_batch_script_are_left_alone() -> None:
+    assert cluster.rank_variables(STEP | {"RANK": "0"}) == {}
+    assert cluster.rank_variables({"SLURM_JOB_ID": "12", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == {}
+
+
+def test_ledger_counts_what_lives_at_the_same_time() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.zeros(1000)
+        ledger = memory.Ledger()
+        with ledger:
+            a = x + 1  # 4,000 bytes
+            b = a * 2  # 8,000 with a
+            view = b.view(10, 100)  # the same bytes
+            del a, b  # the view keeps the second 4,000
+            c = view.sum()  # 4 bytes
+        assert (ledger.held, ledger.peak) == (4004, 8000)
+        del view, c
+        assert ledger.held == 0
+
+
+def test_memory_of_weights_gradients_moments_and_average_is_sharded_by_fsdp_only(config: Path) -> None:
+    whole, shard = (load(config, [f"engine.name={name}"]) for name in ("ddp", "fsdp"))
+    network = checks.network(whole)
+    bytes_once = 4 * memory.parameters(network)
+    ddp, fsdp = memory.estimate(whole, network, 2), memory.estimate(shard, network, 2)
+    assert (ddp.weights, ddp.gradients, ddp.moments, ddp.average) == (
+        bytes_once,
+        bytes_once,
+        2 * bytes_once,
+        bytes_once,
+    )
+    assert (fsdp.weights, fsdp.moments) == (bytes_once // 2, bytes_once)
+    assert ddp.activations == fsdp.activations > 0
+    assert memory.checkpoint_bytes(whole, network) == 4 * bytes_once
+
+
+def test_activations_grow_with_the_micro_batch_and_shrink_with_recomputation(config: Path) -> None:
+    plain = load(config, [])
+    full = load(config, ["engine.activation_checkpointing=full"])
+    four, eight = memory.activations(plain, 4), memory.activations(plain, 8)
+    assert four < eight < 2 * four, "a part of the peak does not depend on the number of images, none grows faster"
+    assert memory.activations(full, 8) < eight
+
+
+def test_parameters_are_those_of_the_real_network(config: Path) -> None:
+    network: nn.Module = checks.network(load(config))
+    assert all(p.device.type == "meta" for p in network.parameters())
+    assert memory.parameters(network) == sum(p.numel() for p in network.to_empty(device="cpu").parameters())
