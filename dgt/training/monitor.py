@@ -12,10 +12,14 @@ import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from dgt.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger("dgt")
 
@@ -63,15 +67,18 @@ class Monitor:
         self.is_main = is_main
         self.seconds = self.waited = 0.0
         self.steps = 0
-        self.writer = None
-        if not is_main:
-            return
-        forget_after(folder.metrics, resumed_at)
-        self.file = folder.metrics.open("a")
-        if config.tensorboard:
+        self.folder = folder
+        self.curves: SummaryWriter | None = None
+        if is_main:
+            forget_after(folder.metrics, resumed_at)
+            self.open_curves(resumed_at + 1)
+
+    def open_curves(self, first_step: int) -> None:
+        """Opens a TensorBoard file whose curves begin at `first_step`; what earlier files say from there on is void."""
+        if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder.tensorboard), purge_step=resumed_at + 1)
+            self.curves = SummaryWriter(str(self.folder.tensorboard), purge_step=first_step)
 
     def step(self, step: int, seconds: float, waited: float, scalars: Mapping[str, float]) -> None:
         """Notes one optimizer step (`seconds` long, `waited` of them for data) and reports when it is time to."""
@@ -102,20 +109,24 @@ class Monitor:
             self.write(step, {f"val/{name}": value for name, value in metrics.items()})
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl and one point per TensorBoard curve."""
-        self.file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self.file.flush()
-        if self.writer is not None:
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()
+        """One line of metrics.jsonl and one point per TensorBoard curve; a full disk costs points, not the run."""
+        try:
+            with self.folder.metrics.open("a") as file:
+                file.write(json.dumps({"step": step, **scalars}) + "\n")
+            if self.curves is None:
+                self.open_curves(step)
+            if self.curves is not None:
+                for name, value in scalars.items():
+                    self.curves.add_scalar(name, value, step)
+                self.curves.flush()
+        except OSError as error:
+            log.error("the metrics of step %d could not be written to %s: %s", step, self.folder.path, error)
+            self.curves = None  # its writing thread has ended with the error
 
     def close(self) -> None:
-        """Finishes the files."""
-        if self.is_main:
-            self.file.close()
-        if self.writer is not None:
-            self.writer.close()
+        """Finishes the TensorBoard file."""
+        if self.curves is not None:
+            self.curves.close()
 
     def mfu(self, images_per_s: float) -> float | None:
         """Model FLOP utilisation: 2 operations per multiply-accumulate, backward twice forward; None if unknown."""

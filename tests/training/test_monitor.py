@@ -68,3 +68,22 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     monitor.evaluation(1, {"top1": 1.0})
     monitor.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_costs_points_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = RunFolder(tmp_path)
+    monitor = Monitor(MonitorConfig(log_every=1), folder, SIZE, 0, is_main=True)
+    for step in range(1, 7):
+        if step == 3:
+            folder.metrics.rename(tmp_path / "before")
+            folder.metrics.symlink_to("/dev/full")
+        if step == 5:
+            folder.metrics.unlink()
+            (tmp_path / "before").rename(folder.metrics)
+        monitor.step(step, 0.5, 0.1, {"train/loss": float(step), "train/lr": 0.1})
+    monitor.close()
+    assert "the metrics of step 3 could not be written" in caplog.text
+    assert "No space left on device" in caplog.text
+    assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [1, 2, 5, 6]
+    events = EventAccumulator(str(folder.tensorboard)).Reload().Scalars("train/loss")
+    assert [event.step for event in events] == [1, 2, 5, 6]

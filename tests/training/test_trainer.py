@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 from dataclasses import replace
@@ -110,6 +111,30 @@ def test_a_failing_save_stops_or_lets_go_on_as_configured(
     config = short(tmp_path / "stop", checkpoint=CheckpointConfig(every_steps=1, on_error="stop"))
     with pytest.raises(CheckpointError, match="disk full"):
         train(config)
+
+
+def test_a_disk_that_fills_up_costs_checkpoints_but_not_the_run(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_config(small_disk, checkpoint=CheckpointConfig(every_steps=1, keep_last=1))
+    filler = small_disk / "filler"
+    original = Trainer.step
+
+    def step(self: Trainer, batch: Any, waited: float) -> None:
+        if self.progress.step == 2:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while file.write(bytes(1 << 16)):
+                    pass
+        if self.progress.step == 5:
+            filler.unlink()
+        original(self, batch, waited)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    assert train(config).status == "finished"
+    assert "the checkpoint of step 3 could not be written" in caplog.text
+    newest = checkpoint.newest(config.run_dir / "checkpoints", print)
+    assert newest is not None
+    assert newest.step == 8
 
 
 def test_gradients_that_stay_non_finite_end_the_run_with_the_sample_ids(
