@@ -113,24 +113,25 @@ def _tiles(assignment: Tensor, indices: Tensor) -> Tiles:
     )
 
 
-def _excluded(assignment: Tensor, indices: Tensor) -> Tensor:
-    """Mask (N, L, L) bool that is True where a query's group did not select the key."""
+def _bias(assignment: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Added to the scores (N, L, L): -inf where a query's group did not select the key, else 0."""
     n, length = assignment.shape
     num_groups = indices.shape[1]
-    excluded = torch.ones(n, num_groups, length, dtype=torch.bool, device=assignment.device)
-    excluded.scatter_(2, indices.long(), False)
-    rows = assignment + num_groups * torch.arange(n, device=assignment.device)[:, None]
-    return excluded.flatten(0, 1).index_select(0, rows.flatten()).view(n, length, length)
+    of_group = torch.full((n, num_groups, length), float("-inf"), dtype=dtype, device=indices.device)
+    of_group.scatter_(2, indices.long(), 0.0)
+    group = assignment + num_groups * torch.arange(n, device=assignment.device)[:, None]
+    return of_group.flatten(0, 1).index_select(0, group.flatten()).view(n, length, length)
 
 
 def _attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, excluded: Tensor | None = None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of softmax(scale * q k^T) v for batches of matrices (N, rows, D); the probabilities are recomputed."""
+    """Gradients of softmax(scale * q k^T + bias) v for batches of matrices (N, rows, D); overwrites the bias.
+
+    The probabilities are computed again: keeping them would cost K numbers per query.
+    """
     q = q * scale
-    scores = torch.bmm(q, k.transpose(1, 2))
-    if excluded is not None:
-        scores.masked_fill_(excluded, float("-inf"))
+    scores = torch.bmm(q, k.transpose(1, 2)) if bias is None else bias.baddbmm_(q, k.transpose(1, 2))
     p = scores.softmax(-1)
     dv = torch.bmm(p.transpose(1, 2), grad)
     dp = torch.bmm(grad, v.transpose(1, 2))
@@ -139,9 +140,7 @@ def _attend_backward(
 
 
 def _forward_masked(q: Tensor, k: Tensor, v: Tensor, assignment: Tensor, indices: Tensor, scale: float) -> Tensor:
-    bias = q.new_zeros(*assignment.shape, assignment.shape[1])
-    bias.masked_fill_(_excluded(assignment, indices), float("-inf"))
-    q, k, v, bias = (x.unsqueeze(1) for x in (q, k, v, bias))
+    q, k, v, bias = (x.unsqueeze(1) for x in (q, k, v, _bias(assignment, indices, q.dtype)))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).squeeze(1)
 
 
@@ -157,7 +156,7 @@ def _forward_tiled(q: Tensor, k: Tensor, v: Tensor, assignment: Tensor, indices:
 def _backward_masked(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, assignment: Tensor, indices: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _attend_backward(grad, q, k, v, scale, _excluded(assignment, indices))
+    return _attend_backward(grad, q, k, v, scale, _bias(assignment, indices, q.dtype))
 
 
 def _backward_tiled(
