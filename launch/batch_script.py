@@ -84,9 +84,13 @@ def submit(job: SlurmJob) -> str:
     (job.run / "logs").mkdir(parents=True, exist_ok=True)
     (job.run / "jobs").mkdir(parents=True, exist_ok=True)
     try:
-        return executor(job)._submit_command(shlex.join(job.command)).job_id
+        number = executor(job)._submit_command(shlex.join(job.command)).job_id
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         raise LaunchError(f"sbatch did not take the job: {' '.join(str(error).split())}") from None
+    finally:
+        for link in (job.run / "jobs").glob(".submission_file_*.sh"):  # the script itself stays, under the job's number
+            link.unlink()
+    return number
 
 
 def executor(job: SlurmJob) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dgt.config import load
-from launch import checks, cluster, layout, memory, profiles, runs, snapshot
+from launch import checks, cluster, layout, local, memory, profiles, runs, snapshot
 from launch.layout import Layout, Wish
 
 
@@ -242,3 +242,50 @@ def test_parameters_are_those_of_the_real_network(config: Path) -> None:
     network: nn.Module = checks.network(load(config))
     assert all(p.device.type == "meta" for p in network.parameters())
     assert memory.parameters(network) == sum(p.numel() for p in network.to_empty(device="cpu").parameters())
+
+
+@pytest.mark.parametrize(("progress", "attempts"), [([], 3), ([0, 1], 5)])
+def test_local_crashes_are_counted_anew_after_a_new_checkpoint(
+    progress: list[int], attempts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def crash(job: local.LocalJob, attempt: int, *_: object) -> int:
+        made.append(attempt)
+        if attempt in progress:
+            (job.run / "checkpoints" / f"step_{attempt:08d}").mkdir(parents=True)
+        return local.CRASHED
+
+    monkeypatch.setattr(local, "run_attempt", crash)
+    job = local.LocalJob("j", tmp_path, ("true",), 1, use_gpus=False, max_retries=2)
+    assert local.run(job, lock=0) == local.CRASHED
+    assert made == list(range(attempts)), "two retries after the last progress, then no more"
+
+
+def test_attempt_without_a_marker_is_a_crash_although_the_rank_exits_with_zero(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = local.LocalJob("j", tmp_path, ("sh", "-c", "echo $RANK of $WORLD_SIZE"), 2, use_gpus=False, max_retries=0)
+    with runs.locked(tmp_path) as lock:
+        assert local.run(job, lock) == local.CRASHED
+    said = capsys.readouterr()
+    assert said.out == "0 of 2\n"
+    assert "without saying how training ended" in said.err
+    assert (tmp_path / "logs" / "rank-1.log").read_text() == "1 of 2\n"
+
+
+def test_ranks_that_outlive_a_dead_one_are_killed_after_the_grace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local, "GRACE_SECONDS", 0.1)
+    act = 'echo $$ > rank$RANK; [ $RANK = 1 ] && { echo "disk on fire"; exit 3; }; sleep 1000 & wait'
+    monkeypatch.chdir(tmp_path)
+    job = local.LocalJob("j", tmp_path, ("sh", "-c", act), 2, use_gpus=False, max_retries=0)
+    with runs.locked(tmp_path) as lock:
+        assert local.run(job, lock) == local.CRASHED
+    said = capsys.readouterr().err
+    assert "rank 1 ended with status 3; the end of" in said
+    assert "    disk on fire" in said
+    leader = int((tmp_path / "rank0").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.killpg(leader, 0)  # neither the rank nor what it had started

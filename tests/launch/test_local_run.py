@@ -60,16 +60,25 @@ def running_ranks(run: Path) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def interrupt_after_step_two(run: Path) -> str:
-    """Tries to take the run's lock while it trains, then presses Ctrl-C; returns what the lock said."""
+def open_files(process: int) -> set[str]:
+    """Names of the files that a process has open."""
+    return {os.path.basename(os.readlink(link)) for link in Path(f"/proc/{process}/fd").iterdir()}
+
+
+def interrupt_after_step_two(run: Path) -> tuple[str, list[bool]]:
+    """Tries to take the run's lock while it trains, then presses Ctrl-C.
+
+    Returns what the lock said, and whether each rank holds it too.
+    """
     wait_for(lambda: has_step(run, 2), "the second step")
     try:
         with runs.locked(run):
             refusal = ""
     except runs.LaunchError as error:
         refusal = str(error)
+    held = ["run.lock" in open_files(process) for process in running_ranks(run)]
     os.kill(os.getpid(), signal.SIGINT)
-    return refusal
+    return refusal, held
 
 
 @dataclass
@@ -99,8 +108,10 @@ def test_ctrl_c_saves_a_checkpoint_and_gives_130(line: Line) -> None:
     assert f"resuming after step {stopped['step']}" in line.second.out
 
 
-def test_run_is_locked_while_it_trains(line: Line) -> None:
-    assert "the run tiny is active" in line.first.seen[0]
+def test_run_is_locked_while_it_trains_by_the_ranks_too(line: Line) -> None:
+    refusal, held_by_ranks = line.first.seen[0]
+    assert "the run tiny is active" in refusal
+    assert held_by_ranks == [True, True]
 
 
 def test_same_command_resumes_and_finishes_with_one_continuous_history(line: Line) -> None:
@@ -210,19 +221,26 @@ def test_killed_rank_ends_the_others_and_the_retry_resumes(config: Path, tmp_pat
     assert steps_logged(run) == list(range(1, 13))
 
 
-def terminate_after_step_two(run: Path) -> None:
+def terminate(when: Callable[[], object]) -> None:
     """What a service manager does."""
-    wait_for(lambda: has_step(run, 2), "the second step")
+    wait_for(when, "the moment to stop")
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_sigterm_is_a_planned_stop(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tiny"
-    started = start(config, "steps.epochs=50", meanwhile=lambda: terminate_after_step_two(run), processes=1)
+    started = start(config, "steps.epochs=50", meanwhile=lambda: terminate(lambda: has_step(run, 2)), processes=1)
     assert started.status == 0, started.err
     stopped = json.loads(next((run / "jobs").glob("*.interrupted")).read_text())
     assert stopped["signal"] == "SIGTERM"
     assert (run / "checkpoints" / f"step_{stopped['step']:08d}").is_dir()
+
+
+def test_signal_in_the_first_moment_of_a_rank_is_not_lost_and_not_deadly(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tiny"
+    started = start(config, meanwhile=lambda: terminate(lambda: running_ranks(run)), processes=1)
+    assert started.status == 0, started.err
+    assert json.loads(next((run / "jobs").glob("*.interrupted")).read_text())["step"] == 0
 
 
 @pytest.mark.usefixtures("as_program")
