@@ -31,4 +31,4 @@ types: setup  ## mypy over the public packages
 	@$(PYTHON) -m mypy
 
 clean-demo:  ## forget the demo's run, so that it starts over
-	rm -rf runs/demo exports/demo.safetensors
+	rm -rf runs/dgt_nano_digits exports/dgt_nano_digits.safetensors

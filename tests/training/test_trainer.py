@@ -192,3 +192,26 @@ def test_another_number_of_ranks_and_engine_continue_a_run(tmp_path: Path) -> No
     assert [r["train/lr"] for r in continued] == [r["train/lr"] for r in expected]
     # The same weights and samples: the first loss after the move differs by the rounding of another summation.
     assert continued[2]["train/loss"] == pytest.approx(expected[2]["train/loss"], rel=1e-5)
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = short(tmp_path, checkpoint=CheckpointConfig(every_steps=1))
+    train(config)
+    folder = config.run_dir / "checkpoints"
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    damaged = folder / "step_00000002" / "__0_0.distcp"
+    content = bytearray(damaged.read_bytes())
+    content[-100] ^= 1
+    damaged.write_bytes(content)
+    assert train(config).status == "finished"
+    assert "checkpoint passed over" in caplog.text
+    assert str(damaged) in caplog.text
+    again = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    for before, after in zip(lines, again, strict=True):
+        before_row, after_row = json.loads(before), json.loads(after)
+        assert {k: v for k, v in before_row.items() if not k.startswith("speed/")} == {
+            k: v for k, v in after_row.items() if not k.startswith("speed/")
+        }
+    assert sorted(p.name for p in folder.iterdir()) == ["step_00000001", "step_00000002", "step_00000002.damaged"]
