@@ -39,8 +39,8 @@ def main() -> int:
         return 1
     title("4. Evaluation and export of the best averaged weights")
     best = ("--config", CONFIG, "--checkpoint", "best")
-    evaluated = subprocess.run([sys.executable, "launch/evaluate.py", *best, "--json"], capture_output=True, text=True)
     echo("launch/evaluate.py", *best, "--json")
+    evaluated = subprocess.run([sys.executable, "launch/evaluate.py", *best, "--json"], capture_output=True, text=True)
     print(evaluated.stdout, end="")
     if evaluated.returncode:
         print(evaluated.stderr, file=sys.stderr)
