@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from torch import nn
 from dgt.config import load
 from launch import checks, cluster, layout, local, memory, profiles, runs, snapshot
 from launch.layout import Layout, Wish
+from launch.signals import STOP_SIGNALS, Noted
 
 
 @pytest.fixture
@@ -244,7 +248,7 @@ def test_parameters_are_those_of_the_real_network(config: Path) -> None:
     assert memory.parameters(network) == sum(p.numel() for p in network.to_empty(device="cpu").parameters())
 
 
-@pytest.mark.parametrize(("progress", "attempts"), [([], 3), ([0, 1], 5)])
+@pytest.mark.parametrize(("progress", "attempts"), [([], 3), ([0, 1], 4)])
 def test_local_crashes_are_counted_anew_after_a_new_checkpoint(
     progress: list[int], attempts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +290,33 @@ def test_ranks_that_outlive_a_dead_one_are_killed_after_the_grace(
     said = capsys.readouterr().err
     assert "rank 1 ended with status 3; the end of" in said
     assert "    disk on fire" in said
-    leader = int((tmp_path / "rank0").read_text())
-    with pytest.raises(ProcessLookupError):
-        os.killpg(leader, 0)  # neither the rank nor what it had started
+    assert not members(int((tmp_path / "rank0").read_text())), "the rank or what it had started is still there"
+
+
+def members(group: int) -> list[str]:
+    """Living processes of a process group."""
+    alive = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, _parent, its_group, *_ = path.read_text().rsplit(")", 1)[1].split()
+            if int(its_group) == group and state not in "ZX":
+                alive.append(path.parent.name)
+    return alive
+
+
+def test_rank_starts_with_the_stop_signals_held_back_and_its_handlers_let_them_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    act = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+    job = local.LocalJob("j", tmp_path, (sys.executable, "-c", act), 1, use_gpus=False, max_retries=0)
+    with runs.locked(tmp_path) as lock:
+        local.run(job, lock)
+    assert capsys.readouterr().out == f"{sorted(STOP_SIGNALS)}\n"
+    noted = Noted()
+    with local.held_back():
+        signal.raise_signal(signal.SIGUSR2)
+        try:
+            noted.install()
+            assert noted.received == [signal.SIGUSR2]
+        finally:
+            noted.restore()
