@@ -65,69 +65,96 @@ def open_files(process: int) -> set[str]:
     return {os.path.basename(os.readlink(link)) for link in Path(f"/proc/{process}/fd").iterdir()}
 
 
-def interrupt_after_step_two(run: Path) -> tuple[str, list[bool]]:
-    """Tries to take the run's lock while it trains, then presses Ctrl-C.
+@dataclass
+class Seen:
+    """What was found while the first command ran."""
 
-    Returns what the lock said, and whether each rank holds it too.
-    """
-    wait_for(lambda: has_step(run, 2), "the second step")
+    refusal: str
+    """What the run's lock said to somebody else."""
+    locked_by: list[bool]
+    """Whether each rank holds the lock too."""
+    survivor: int
+    """Process of rank 0, whose peer was killed."""
+
+
+def disturb(run: Path) -> Seen:
+    """Tries to take the lock, SIGKILLs rank 1 when there is a checkpoint, presses Ctrl-C once the retry trains."""
+    wait_for(lambda: has_step(run, 4), "the fourth step")
     try:
         with runs.locked(run):
             refusal = ""
     except runs.LaunchError as error:
         refusal = str(error)
-    held = ["run.lock" in open_files(process) for process in running_ranks(run)]
+    first, second = running_ranks(run)
+    held = ["run.lock" in open_files(process) for process in (first, second)]
+    os.kill(second, signal.SIGKILL)
+    log = run / "logs" / "rank-0.log"
+    wait_for(lambda: "resuming after step" in log.read_text(), "the retry")
     os.kill(os.getpid(), signal.SIGINT)
-    return refusal, held
+    return Seen(refusal, held, first)
 
 
 @dataclass
 class Line:
-    """One run, stopped by Ctrl-C after two steps or more, started again, finished."""
+    """One run: a rank killed, retried, stopped by Ctrl-C, started again, finished."""
 
     config: Path
     run: Path
     first: Started
     second: Started
 
+    @property
+    def seen(self) -> Seen:
+        """What `disturb` found."""
+        return self.first.seen[0]
+
+
+STEPS = 24
+
 
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
     folder = tmp_path_factory.mktemp("line")
     config, run = write_config(folder), folder / "runs" / "tiny"
-    first = start(config, "steps.epochs=4", meanwhile=lambda: interrupt_after_step_two(run))
-    return Line(config, run, first, start(config, "steps.epochs=4"))
+    first = start(config, "--max-retries", "1", "steps.epochs=6", meanwhile=lambda: disturb(run))
+    return Line(config, run, first, start(config, "steps.epochs=6"))
+
+
+def test_killed_rank_ends_the_others_and_the_retry_resumes(line: Line) -> None:
+    said = line.first.err
+    assert "rank 1 was ended by SIGKILL; the end of" in said
+    assert "rank 1 of 2" in said, "the log's end was not shown"
+    assert "retry 1 of 1" in said
+    assert "resuming after step" in line.first.out
+    assert not Path(f"/proc/{line.seen.survivor}").exists()
 
 
 def test_ctrl_c_saves_a_checkpoint_and_gives_130(line: Line) -> None:
     assert line.first.status == 130
-    stopped = json.loads(next((line.run / "jobs").glob("local-*.0.interrupted")).read_text())
+    stopped = json.loads(next((line.run / "jobs").glob("local-*.1.interrupted")).read_text())
     assert stopped["signal"] == "SIGINT"
-    assert 2 <= stopped["step"] < 16
-    assert f"checkpoint of step {stopped['step']} saved" in line.first.out
+    assert 3 <= stopped["step"] < STEPS
+    assert f"stopped by SIGINT after step {stopped['step']}" in line.first.out
     assert f"resuming after step {stopped['step']}" in line.second.out
 
 
 def test_run_is_locked_while_it_trains_by_the_ranks_too(line: Line) -> None:
-    refusal, held_by_ranks = line.first.seen[0]
-    assert "the run tiny is active" in refusal
-    assert held_by_ranks == [True, True]
+    assert "the run tiny is active" in line.seen.refusal
+    assert line.seen.locked_by == [True, True]
 
 
 def test_same_command_resumes_and_finishes_with_one_continuous_history(line: Line) -> None:
     assert line.second.status == 0, line.second.err
-    assert steps_logged(line.run) == list(range(1, 17))
-    assert "training is complete after step 16" in line.second.out
+    assert steps_logged(line.run) == list(range(1, STEPS + 1))
+    assert "training is complete after step 24" in line.second.out
     assert not running_ranks(line.run)
-    assert len(list((line.run / "code").iterdir())) == 1, "the same code and configuration were copied twice"
 
 
 def test_every_rank_runs_the_snapshot_and_appends_to_its_log(line: Line) -> None:
-    code = next((line.run / "code").iterdir())
     for rank in (0, 1):
         log = (line.run / "logs" / f"rank-{rank}.log").read_text()
-        assert log.count(f"rank {rank} of 2") == 2
-        assert log.count(f"dgt from {code / 'dgt'}") == 2
+        assert log.count(f"rank {rank} of 2") == 3
+        assert log.count(f"dgt from {line.run / 'code'}/") == 3
 
 
 @pytest.fixture
@@ -146,10 +173,10 @@ def as_program() -> Iterator[None]:
 
 @pytest.mark.usefixtures("as_program")
 def test_evaluation_gives_the_metrics_that_training_ended_with(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate.main(["--config", str(line.config), "--checkpoint", "newest", "--json", "steps.epochs=4"]) == 0
+    assert evaluate.main(["--config", str(line.config), "--checkpoint", "newest", "--json", "steps.epochs=6"]) == 0
     found = json.loads(capsys.readouterr().out)
     logged = json.loads((line.run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert (found["step"], found["weights"], found["samples"]) == (16, "ema", 9)
+    assert (found["step"], found["weights"], found["samples"]) == (STEPS, "ema", 9)
     for name in ("top1", "top5", "loss"):
         # one rank batches the images otherwise than two did: float32 sums differ in their last bits
         assert found[name] == pytest.approx(logged[f"val/{name}"], rel=1e-5)
@@ -170,7 +197,7 @@ def test_exported_file_loads_in_timm_and_computes_the_same(line: Line, tmp_path:
         assert torch.equal(loaded.eval()(images), network.eval()(images))
     with safe_open(out, "pt") as file:
         facts = file.metadata()
-    assert (facts["architecture"], facts["step"], facts["weights"]) == ("dgt_nano", "16", kind)
+    assert (facts["architecture"], facts["step"], facts["weights"]) == ("dgt_nano", str(STEPS), kind)
     assert json.loads(facts["label_names"]) == ["class_0", "class_1", "class_2", "class_3"]
     assert json.loads(facts["pretrained_cfg"])["input_size"] == [3, 32, 32]
 
@@ -189,8 +216,8 @@ def test_damaged_checkpoint_is_named_and_nothing_is_exported(
 ) -> None:
     import shutil
 
-    damaged = tmp_path / "step_00000016"
-    shutil.copytree(line.run / "checkpoints" / "step_00000016", damaged)
+    damaged = tmp_path / "step_00000024"
+    shutil.copytree(line.run / "checkpoints" / "step_00000024", damaged)
     victim = next(damaged.glob("__0_*.distcp"))
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
@@ -199,26 +226,6 @@ def test_damaged_checkpoint_is_named_and_nothing_is_exported(
     assert export.main(["--run", str(line.run), "--checkpoint", str(damaged), "--out", str(out)]) == 2
     assert f"{victim}: its checksum is not the manifest's" in capsys.readouterr().err
     assert not out.exists()
-
-
-def kill_rank_one(run: Path) -> int:
-    """SIGKILLs rank 1 once step 4 is logged, by when there is a checkpoint; returns rank 0's process."""
-    wait_for(lambda: has_step(run, 4), "the fourth step")
-    first, second = running_ranks(run)
-    os.kill(second, signal.SIGKILL)
-    return first
-
-
-def test_killed_rank_ends_the_others_and_the_retry_resumes(config: Path, tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "tiny"
-    started = start(config, "--max-retries", "1", "steps.epochs=3", meanwhile=lambda: kill_rank_one(run))
-    assert started.status == 0, started.err
-    assert "rank 1 was ended by SIGKILL; the end of" in started.err
-    assert "rank 1 of 2" in started.err, "the log's end was not shown"
-    assert "retry 1 of 1" in started.err
-    assert not Path(f"/proc/{started.seen[0]}").exists()
-    assert "resuming after step" in started.out
-    assert steps_logged(run) == list(range(1, 13))
 
 
 def terminate(when: Callable[[], object]) -> None:

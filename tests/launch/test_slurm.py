@@ -12,14 +12,17 @@ from launch import submit
 
 pytestmark = pytest.mark.slurm
 
-TWO_NODES = ("--cluster", "slurm", "--nodes", "2", "--processes-per-node", "1", "--partition", "low")
+TWO_NODES = ("--nodes", "2", "--partition", "low")
 
 
 def test_job_on_two_nodes_runs_the_snapshot_and_finishes(slurm: Slurm, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tiny"
-    assert submit.main(["--config", str(config), *TWO_NODES]) == 0
+    assert submit.main(["--config", str(config), *TWO_NODES, "--gpus-per-node", "1"]) == 0
     job = json.loads((run / "job.json").read_text())["job"]
-    assert submit.main(["--config", str(config), *TWO_NODES]) == 2, "an active run was submitted again"
+    assert submit.main(["--config", str(config), *TWO_NODES, "--gpus-per-node", "1"]) == 2, (
+        "an active run was submitted again"
+    )
+    assert slurm.state(job)["TresPerNode"] == "gres:gpu:1"
     wait_for(lambda: slurm.state(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), "the job's end")
     batch_log = (run / "logs" / "batch.log").read_text()
     assert slurm.state(job)["JobState"] == "COMPLETED", batch_log
@@ -33,7 +36,7 @@ def test_job_on_two_nodes_runs_the_snapshot_and_finishes(slurm: Slurm, config: P
 def test_preempted_job_saves_is_requeued_and_finishes(slurm: Slurm, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tiny"
     long = ["steps.epochs=5", "checkpoint.every_steps=1000"]
-    assert submit.main(["--config", str(config), *TWO_NODES, *long]) == 0
+    assert submit.main(["--config", str(config), *TWO_NODES, "--processes-per-node", "1", *long]) == 0
     job = json.loads((run / "job.json").read_text())["job"]
     wait_for(lambda: has_step(run, 2), "the second step")
     slurm.ask("sbatch", "--partition=high", "--exclusive", "--nodes=4", "--output=/dev/null", "--wrap=true")
