@@ -259,10 +259,11 @@ def build_loader(
     Raises DataError where the data cannot be used, ValueError for settings that do not fit together.
     """
     batching = Batching(global_batch_size, rank, world_size, tail="drop" if train else "mask")
-    return Loader(_open_source(config, split), config, batching, train=train, seed=seed)
+    return Loader(open_split(config, split), config, batching, train=train, seed=seed)
 
 
-def _open_source(config: DataConfig, split: str) -> Source:
+def open_split(config: DataConfig, split: str) -> Source:
+    """The samples of one split, whatever the backend. Raises DataError where the data cannot be used."""
     if config.backend == "synthetic":
         from data_pipeline.synthetic import SyntheticSource
 

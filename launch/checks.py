@@ -13,7 +13,6 @@ from launch.runs import LaunchError
 if TYPE_CHECKING:
     from torch import nn
 
-    from data_pipeline.shards.source import Source
     from dgt.config import Config
 
 
@@ -70,24 +69,14 @@ def batches(config: Config, ranks: int) -> None:
         )
 
 
-def open_split(config: Config, split: str) -> Source:
-    """The source of one split, with everything checked that does not need reading the images. Raises DataError."""
-    if config.data.backend == "synthetic":
-        from data_pipeline.synthetic import SyntheticSource
-
-        return SyntheticSource(config.data, split)
-    from data_pipeline.shards import open_source
-
-    return open_source(config.data, split)
-
-
 def samples(config: Config) -> tuple[int, int]:
     """Number of samples of the training and the validation split. Raises DataError where one cannot be used."""
+    from data_pipeline.loader import open_split
     from data_pipeline.shards.source import DataError
 
     counts = []
     for split in (config.data.train_split, config.data.val_split):
-        source = open_split(config, split)
+        source = open_split(config.data, split)
         try:
             counts.append(len(source))
         finally:

@@ -98,11 +98,11 @@ def metadata(config: Config) -> dict[str, str]:
 
 def class_names(config: Config) -> tuple[str, ...] | None:
     """Names of the classes in the order of their indices; None where the data is not at hand."""
+    from data_pipeline.loader import open_split
     from data_pipeline.shards.source import DataError
-    from launch.checks import open_split
 
     try:
-        source = open_split(config, config.data.val_split)
+        source = open_split(config.data, config.data.val_split)
     except DataError as error:
         print(
             f"dgt-export: the file will not name its classes, because the data cannot be opened: {error}",

@@ -139,11 +139,11 @@ class Monitor:
     def line(self, step: int, scalars: Mapping[str, float], rates: Mapping[str, float]) -> str:
         """The console line: where we are, how it goes, how fast, how long still."""
         total = self.size.total_steps
-        epochs = total // self.size.steps_per_epoch
+        epochs = -(-total // self.size.steps_per_epoch)
         done = round(20 * step / total)
         left = (total - step) * rates["speed/step_seconds"]
         return (
-            f"epoch {min((step - 1) // self.size.steps_per_epoch + 1, epochs):>{len(str(epochs))}}/{epochs} "
+            f"epoch {(step - 1) // self.size.steps_per_epoch + 1:>{len(str(epochs))}}/{epochs} "
             f"[{'=' * done}{' ' * (20 - done)}] step {step:>{len(str(total))}}/{total}  "
             f"loss {scalars['train/loss']:.4f}  lr {scalars['train/lr']:.2e}  "
             f"{rates['speed/images_per_s']:.0f} images/s  data wait {100 * rates['speed/data_wait']:.0f} %  "

@@ -42,6 +42,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         betas=tuple(config.betas),
         eps=config.eps,
         filter_bias_and_bn=True,
+        foreach=True,  # one call for all parameters: with sharded ones each call has a price of its own
     )
 
 

@@ -18,7 +18,9 @@ class DdpEngine(Engine):
     """DistributedDataParallel; a world of one needs no wrapper."""
 
     def __init__(self, network: nn.Module, world: World, config: EngineConfig, optimizer: OptimizerConfig):
-        super().__init__(network.to(world.device), world, config, optimizer)
+        # Gradients of channels-last convolutions have that layout; weights that share it spare DDP a copy of each.
+        network = network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        super().__init__(network, world, config, optimizer)
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
             self.model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)

@@ -103,7 +103,8 @@ class Engine:
 
     def clipped_norm(self) -> Tensor:
         """Clips the gradient and returns its norm before that, the same on every rank."""
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip if self.clip > 0 else float("inf"))
+        limit = self.clip if self.clip > 0 else float("inf")
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit, foreach=True)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @contextmanager
