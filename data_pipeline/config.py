@@ -1,11 +1,13 @@
 """What the data pipeline can be told: plain frozen dataclasses, importable with the standard library alone.
 
-They are defaults and types only. Reading them from a file, checking them and naming a mistyped key is the work of
-whoever composes them into a program's whole configuration.
+A value that cannot work is a ValueError whose text begins with the field's name. Reading values from a file, checking
+their types and naming a mistyped key is the work of whoever composes them into a program's whole configuration.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,6 +45,15 @@ class AugmentConfig:
     interpolation: Interpolation = "antialias"
     """How a crop is resized: "antialias" (as PIL does it), "linear" (fastest) or "area" (as FFCV does it)."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale: must be two numbers in (0, 1], the smaller first, got {_shown(self.scale)}")
+        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise ValueError(f"ratio: must be two numbers above 0, the smaller first, got {_shown(self.ratio)}")
+        for name in ("horizontal_flip", "random_erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: is a probability, in [0, 1], got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class SyntheticConfig:
@@ -56,6 +67,10 @@ class SyntheticConfig:
 
     seed: int = 0
     """Another seed gives other images of the same difficulty."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_samples", "val_samples"):
+            _at_least(1, name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -110,3 +125,23 @@ class DataConfig:
 
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     """Used by the "synthetic" backend only."""
+
+    def __post_init__(self) -> None:
+        limits = {"num_classes": 1, "image_size": 8, "num_threads": -1, "prefetch": 0, "block_shards": 1}
+        for name, least in (limits | {"max_bad_samples": 0}).items():
+            _at_least(least, name, getattr(self, name))
+        if not all(0 <= channel <= 1 for channel in self.mean):
+            raise ValueError(f"mean: is on the scale 0 to 1, got {_shown(self.mean)}")
+        if not all(0 < channel < math.inf for channel in self.std):
+            raise ValueError(f"std: must be above 0 and finite, got {_shown(self.std)}")
+        if not 0 < self.eval_crop_pct <= 1:
+            raise ValueError(f"eval_crop_pct: must be in (0, 1], got {self.eval_crop_pct}")
+
+
+def _at_least(least: int, name: str, value: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}: must be at least {least}, got {value}")
+
+
+def _shown(numbers: Sequence[float]) -> str:
+    return f"[{', '.join(map(str, numbers))}]"

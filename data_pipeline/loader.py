@@ -48,7 +48,7 @@ class Loader:
     """
 
     def __init__(self, source: Source, config: DataConfig, batching: Batching, *, train: bool, seed: int) -> None:
-        """Raises ValueError if an epoch has no batch, or if a setting is out of range."""
+        """Raises DataError if an epoch has no batch, ValueError for a RandAugment string that is not understood."""
         self._source, self._config, self._batching, self._seed = source, config, batching, seed
         self._train = train
         self._mode: Mode = config.order if train else "sequential"
@@ -60,9 +60,11 @@ class Loader:
         self._wait_seconds = self._decode_seconds = 0.0
         self._samples, self._bad_samples = 0, 0
         if len(self) == 0:
-            raise ValueError(
-                f"a global batch of {batching.global_batch_size} (tail '{batching.tail}') leaves no batch of "
-                f"{len(source)} samples"
+            raise DataError(
+                f"the data set has {len(source)} samples, fewer than one global batch of "
+                f"{batching.global_batch_size}; lower the global batch size"
+                if len(source)
+                else "the data set has no samples"
             )
 
     def __len__(self) -> int:

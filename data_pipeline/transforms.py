@@ -43,12 +43,7 @@ def train_transform(config: DataConfig) -> Transform:
 
 
 def eval_transform(config: DataConfig) -> Transform:
-    """Short side resized to image_size / eval_crop_pct (rounded down), then the central square; nothing is random.
-
-    Raises ValueError where eval_crop_pct is not in (0, 1].
-    """
-    if not 0 < config.eval_crop_pct <= 1:
-        raise ValueError(f"eval_crop_pct must be in (0, 1], not {config.eval_crop_pct}")
+    """Short side resized to image_size / eval_crop_pct (rounded down), then the central square; nothing is random."""
     short_side = math.floor(config.image_size / config.eval_crop_pct)
 
     def transform(image: Image, rng: np.random.Generator, out: Image) -> None:

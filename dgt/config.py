@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from data_pipeline.config import DataConfig
 from dgt.models import ModelConfig
@@ -58,8 +59,8 @@ class Config:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"name: {self.name!r} is no folder name; use letters, digits, '.', '_' and '-'")
-        if self.seed < 0:
-            raise ValueError(f"seed: must not be negative, got {self.seed}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: must lie in [0, 2**32), got {self.seed}")
         if self.mixing.enabled and self.steps.micro_batch_size % 2:
             raise ValueError(
                 "steps.micro_batch_size: must be even while mixing is on, because the samples at positions 2i and "
@@ -75,8 +76,8 @@ class Config:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads, merges and validates the configuration file at `path`, with ``key.sub=value`` `overrides` on top.
 
-    Raises `ConfigError` naming the file and key: unknown keys (with the nearest known one), wrong types, values out
-    of range, missing or circular base files, overrides that are not ``key=value``.
+    Raises `ConfigError` naming the file or override and the key: unknown keys (with the nearest known one), wrong
+    types, values out of range, missing or circular base files, overrides that are not ``key=value``.
     """
     import yaml
 
@@ -91,8 +92,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"override {override!r}: the value is not valid YAML ({error})") from None
         for part in reversed(key.split(".")):
             value = {part: value}
+        check_keys(value, Config, f"override {override!r}")
         values = merged(values, value)
-    return from_dict(values, source=str(path))
+    return from_dict(values, source=f"{path} with the overrides" if overrides else str(path))
 
 
 def from_dict(values: Mapping[str, Any], source: str = "configuration") -> Config:
@@ -101,9 +103,13 @@ def from_dict(values: Mapping[str, Any], source: str = "configuration") -> Confi
 
     check_keys(values, Config, source)
     try:
-        return TypeAdapter(Config).validate_python(dict(values))
+        config = TypeAdapter(Config).validate_python(dict(values))
     except ValidationError as error:
         raise ConfigError("\n".join(f"{source}: {describe(e)}" for e in error.errors())) from None
+    for key, value in leaves(plain(config)):  # afterwards, because "nan" is a text until pydantic has read it
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{source}: {key}: must be a finite number, got {value}")
+    return config
 
 
 def describe(error: Mapping[str, Any]) -> str:
@@ -155,7 +161,10 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_keys(values: Any, kind: type, source: str, prefix: str = "") -> None:
-    """Raises `ConfigError` at the first key of `values` that the dataclass `kind` does not have, at any depth."""
+    """Raises `ConfigError` at the first key of `values` that the dataclass `kind` does not have, at any depth.
+
+    And where true or false is given for a number, because pydantic takes them for 1 and 0.
+    """
     if not isinstance(values, Mapping):
         given = "nothing" if values is None else repr(values)
         raise ConfigError(f"{source}: {prefix.rstrip('.')}: expected a section of keys and values, got {given}")
@@ -165,6 +174,25 @@ def check_keys(values: Any, kind: type, source: str, prefix: str = "") -> None:
             raise ConfigError(f"{source}: unknown key {prefix}{key}{suggestion(str(key), prefix, list(hints))}")
         if dataclasses.is_dataclass(hints[key]):
             check_keys(value, hints[key], source, f"{prefix}{key}.")
+        elif is_numeric(hints[key]) and any(isinstance(leaf, bool) for _, leaf in leaves(value)):
+            raise ConfigError(f"{source}: {prefix}{key}: true and false are no numbers, got {value!r}")
+
+
+def is_numeric(hint: Any) -> bool:
+    """Whether a value of this type is a number or consists of numbers."""
+    return hint in (int, float) or any(is_numeric(part) for part in get_args(hint))
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested mappings and lists; the entries of a list have the list's key."""
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            yield from leaves(below, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (list, tuple)):
+        for below in value:
+            yield from leaves(below, path)
+    else:
+        yield path, value
 
 
 def suggestion(key: str, prefix: str, known: Sequence[str]) -> str:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,8 +62,88 @@ def test_an_override_without_a_value_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "this.yaml", "{}")
     with pytest.raises(ConfigError, match=r"override 'steps.epochs': expected key.sub=value"):
         load(path, ["steps.epochs"])
-    with pytest.raises(ConfigError, match=r"unknown key steps.epoch; did you mean steps.epochs"):
-        load(path, ["steps.epoch=3"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps.epoch=3", "unknown key steps.epoch; did you mean steps.epochs?"),
+        ("steps=3", "steps: expected a section of keys and values, got 3"),
+        ("steps.epochs=true", "steps.epochs: true and false are no numbers, got True"),
+    ],
+)
+def test_a_mistake_in_an_override_is_blamed_on_the_override(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path / "this.yaml", "{}"), ["name=fine", override])
+    assert str(caught.value) == f"override {override!r}: {message}"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"steps": {"epochs": True}},
+        {"optimizer": {"lr": False}},
+        {"optimizer": {"betas": [0.9, True]}},
+        {"model": {"top_k": True}},
+        {"data": {"augment": {"scale": [0.1, True]}}},
+    ],
+)
+def test_true_and_false_are_no_numbers(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="true and false are no numbers"):
+        from_dict(values)
+
+
+def test_true_and_false_are_taken_where_they_belong() -> None:
+    assert from_dict({"ema": {"warmup": False}}).ema.warmup is False
+
+
+@pytest.mark.parametrize("text", [".nan", "nan", ".inf", "inf", "1e999"])
+@pytest.mark.parametrize("key", ["optimizer.lr", "optimizer.betas", "mixing.mixup_alpha", "data.std", "data.mean"])
+def test_numbers_must_be_finite(tmp_path: Path, key: str, text: str) -> None:
+    values = {"optimizer.betas": f"[0.9, {text}]", "data.std": f"[1, 1, {text}]", "data.mean": f"[0, {text}, 0]"}
+    with pytest.raises(ConfigError, match=key.split(".")[1]):
+        load(write(tmp_path / "this.yaml", "{}"), [f"{key}={values.get(key, text)}"])
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("data", "num_classes", 0, "must be at least 1, got 0"),
+        ("data", "image_size", 7, "must be at least 8, got 7"),
+        ("data", "num_threads", -2, "must be at least -1, got -2"),
+        ("data", "prefetch", -1, "must be at least 0, got -1"),
+        ("data", "block_shards", 0, "must be at least 1, got 0"),
+        ("data", "max_bad_samples", -1, "must be at least 0, got -1"),
+        ("data", "mean", [123.7, 116.3, 103.5], "is on the scale 0 to 1, got [123.7, 116.3, 103.5]"),
+        ("data", "std", [0.2, 0, 0.2], "must be above 0 and finite, got [0.2, 0.0, 0.2]"),
+        ("data", "eval_crop_pct", 0, "must be in (0, 1], got 0.0"),
+        ("data", "eval_crop_pct", 1.2, "must be in (0, 1], got 1.2"),
+        ("data.augment", "scale", [0, 1], "must be two numbers in (0, 1], the smaller first, got [0.0, 1.0]"),
+        ("data.augment", "scale", [0.5, 1.1], "must be two numbers in (0, 1], the smaller first, got [0.5, 1.1]"),
+        ("data.augment", "scale", [1, 0.5], "must be two numbers in (0, 1], the smaller first, got [1.0, 0.5]"),
+        ("data.augment", "ratio", [0, 1], "must be two numbers above 0, the smaller first, got [0.0, 1.0]"),
+        ("data.augment", "ratio", [2, 1], "must be two numbers above 0, the smaller first, got [2.0, 1.0]"),
+        ("data.augment", "horizontal_flip", -0.1, "is a probability, in [0, 1], got -0.1"),
+        ("data.augment", "random_erasing", 1.1, "is a probability, in [0, 1], got 1.1"),
+        ("data.synthetic", "train_samples", 0, "must be at least 1, got 0"),
+        ("data.synthetic", "val_samples", 0, "must be at least 1, got 0"),
+        ("model", "drop_path_rate", 1.0, "must lie in [0, 1), got 1.0"),
+        ("model", "num_groups", 0, "must be at least 1, got 0"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_section_and_field(section: str, key: str, value: Any, message: str) -> None:
+    values: dict[str, Any] = {key: value}
+    for part in reversed(section.split(".")):
+        values = {part: values}
+    with pytest.raises(ConfigError) as caught:
+        from_dict(values, "source")
+    assert str(caught.value) == f"source: {section}: {key}: {message}"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_draw_can_be_keyed_by_is_refused(seed: int) -> None:
+    with pytest.raises(ConfigError, match=r"seed: must lie in \[0, 2\*\*32\)"):
+        from_dict({"seed": seed})
 
 
 def test_the_defaults_are_valid() -> None:

@@ -25,6 +25,14 @@ class ModelConfig:
     checkpoint_path: str = ""
     """Weights to start from (.safetensors or .pth); empty for random weights."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate: must lie in [0, 1), got {self.drop_path_rate}")
+        for name in ("num_groups", "top_k", "num_iters"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: must be at least 1, got {value}")
+
 
 def build_model(config: ModelConfig, num_classes: int, in_chans: int = 3) -> nn.Module:
     """Create the model that `config` names; any timm model works.

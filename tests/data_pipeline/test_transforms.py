@@ -182,12 +182,6 @@ def test_evaluation_fills_the_square_from_any_shape(size: tuple[int, int]) -> No
     assert (out == 9).all()
 
 
-@pytest.mark.parametrize("crop_pct", [0.0, -1.0, 1.2])
-def test_evaluation_crop_outside_the_image_is_refused(crop_pct: float) -> None:
-    with pytest.raises(ValueError, match="eval_crop_pct must be in"):
-        eval_transform(DataConfig(eval_crop_pct=crop_pct))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_normalize_computes_each_channel_and_gives_channels_last(dtype: torch.dtype) -> None:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
