@@ -33,7 +33,15 @@ MANIFEST = "manifest.json"
 
 
 class CheckpointError(RuntimeError):
-    """No checkpoint could be loaded although there are some, or one could not be written."""
+    """A checkpoint could not be loaded or written; the message says which and why."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was saved: a file is missing, cut or changed."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint that had to be written could not be; what was there before is untouched."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +77,20 @@ class Checkpoint:
 def save(folder: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any], world: World) -> str | None:
     """Writes one checkpoint with every rank's part of `tensors`; all ranks call it and get the same answer.
 
-    `facts` goes into the manifest (JSON). Returns None when committed, else one sentence saying what went wrong; what
-    was there before is untouched either way.
+    `facts` goes into the manifest (JSON). Where the step has a checkpoint, which then is of the same tensors because it
+    was resumed from, only the manifest is replaced. Returns None when committed, else one sentence saying what went
+    wrong; what was there before is untouched either way.
     """
     final = folder / f"step_{step:08d}"
     temporary = final.with_suffix(".saving")
+    if world.on_main(final.exists):
+
+        def replace() -> None:
+            if world.is_main:
+                replace_facts(final, facts)
+
+        error = attempt(replace, world)
+        return error and f"the manifest of {final} could not be replaced: {error}"
 
     def prepare() -> None:
         if world.is_main:
@@ -90,9 +107,7 @@ def save(folder: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any]
 
     def commit() -> None:
         if world.is_main:
-            manifest = {"format": FORMAT, "step": step, **facts, "files": files}
-            write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1))
-            sync_folder(temporary)
+            write_manifest(temporary, {"format": FORMAT, "step": step, **facts, "files": files})
             temporary.rename(final)
             sync_folder(folder)
 
@@ -102,14 +117,19 @@ def save(folder: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any]
     if not error:
         return None
 
-    def clean_up() -> int:
-        free = shutil.disk_usage(folder).free
-        shutil.rmtree(temporary, ignore_errors=True)
-        return free
-
     # torch reports a full disk as a mismatch of positions, so the free space belongs into the sentence.
-    free = world.on_main(clean_up)
-    return f"the checkpoint of step {step} could not be written to {folder} ({free / 1e6:.0f} MB free): {error}"
+    free = world.on_main(lambda: free_space(folder))
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return f"the checkpoint of step {step} could not be written to {folder} ({free}): {error}"
+
+
+def free_space(folder: Path) -> str:
+    """What is free on the disk of `folder`, in words."""
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:.0f} MB free"
+    except OSError as error:
+        return f"free space unknown: {error.strerror or error}"
 
 
 def attempt(act: Callable[[], None], world: World) -> str | None:
@@ -120,7 +140,7 @@ def attempt(act: Callable[[], None], world: World) -> str | None:
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         failure = f"{type(cause).__name__}: {cause}"
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of any kind: the other ranks wait for this one's answer
         failure = f"{type(error).__name__}: {error}"
     return next((f for f in world.gather(failure) if f), None)
 
@@ -136,11 +156,30 @@ def described(path: Path) -> dict[str, Any]:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Writes `text` and waits until it is on the disk."""
-    with path.open("w") as file:
+    """Replaces a file by `text` in one step and waits until it is on the disk."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def write_manifest(path: Path, body: dict[str, Any]) -> None:
+    """Writes the manifest of the checkpoint in `path`, with a checksum of itself."""
+    write_durably(path / MANIFEST, json.dumps({"sha256": digest(body), **body}, indent=1))
+
+
+def digest(body: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content, whatever its layout."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def replace_facts(path: Path, facts: dict[str, Any]) -> None:
+    """Replaces what the manifest says beside the tensors' files."""
+    manifest = verify(path).manifest
+    write_manifest(path, {"format": FORMAT, "step": manifest["step"], **facts, "files": manifest["files"]})
 
 
 def sync_folder(path: Path) -> None:
@@ -160,38 +199,57 @@ def committed(folder: Path) -> list[Path]:
 
 
 def verify(path: Path) -> Checkpoint:
-    """Reads the manifest and checks every file against it. Raises CheckpointError naming what is damaged or missing."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: unreadable ({type(error).__name__}: {error})") from None
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
-    for name, expected in files.items():
+    """Reads the manifest and checks it and every file against it.
+
+    Raises DamagedError naming what is missing or changed, and CheckpointError where that cannot be told: the disk does
+    not answer, or another version wrote it.
+    """
+    manifest = read_manifest(path)
+    for name, expected in manifest["files"].items():
         file = path / name
         try:
             found = described(file)
+        except FileNotFoundError:
+            raise DamagedError(f"{file}: is missing") from None
         except OSError as error:
-            raise CheckpointError(f"{file}: {error.strerror or error}") from None
+            raise CheckpointError(f"{file}: cannot be read now: {error.strerror or error}") from None
         if found["size"] != expected["size"]:
-            raise CheckpointError(f"{file}: {found['size']} bytes, the manifest says {expected['size']}")
+            raise DamagedError(f"{file}: {found['size']} bytes, the manifest says {expected['size']}")
         if found["sha256"] != expected["sha256"]:
-            raise CheckpointError(f"{file}: its checksum is not the manifest's, so its content has changed")
+            raise DamagedError(f"{file}: its checksum is not the manifest's, so its content has changed")
     return Checkpoint(path, manifest)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint in `path`, checked against its own checksum; raises as `verify` does."""
+    file = path / MANIFEST
+    try:
+        body = json.loads(file.read_bytes())
+        stated, version = body.pop("sha256"), body["format"]
+    except FileNotFoundError:
+        raise DamagedError(f"{file}: is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read now: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedError(f"{file}: is no manifest") from None
+    if stated != digest(body):
+        raise DamagedError(f"{file}: its checksum is not its own, so its content has changed")
+    if version != FORMAT:
+        raise CheckpointError(f"{file}: is of checkpoint format {version}, this version reads {FORMAT}")
+    return body
 
 
 def newest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that verifies; None where there is none at all. Called on one rank.
 
     Damaged ones are reported, set aside under the suffix .damaged, and passed over. Raises CheckpointError where
-    there are checkpoints but none is whole: training never starts afresh silently.
+    there are checkpoints but none is whole, or where one cannot be judged: training never starts afresh silently.
     """
     candidates = committed(folder)
     for path in candidates:
         try:
             return verify(path)
-        except CheckpointError as error:
+        except DamagedError as error:
             report(f"checkpoint passed over: {error}")
             aside = path.with_suffix(".damaged")
             shutil.rmtree(aside, ignore_errors=True)
@@ -219,13 +277,19 @@ def discard_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
-    """Removes all committed checkpoints but the `keep_last` newest and that of `best_step`.
+def prune(folder: Path, keep_last: int, best_step: int | None, report: Callable[[str], None]) -> None:
+    """Removes all committed checkpoints but the `keep_last` newest and that of `best_step`. Called on one rank.
 
-    A folder loses its committed name first, so that a removal that is cut off leaves nothing that looks whole.
+    A folder loses its committed name first, so that a removal that is cut off leaves nothing that looks whole. One
+    that cannot be removed (somebody has it open on a network file system) is reported and left for the next attempt.
     """
     for path in committed(folder)[keep_last:]:
-        if best_step is None or path.name != f"step_{best_step:08d}":
-            doomed = path.with_suffix(".saving")
+        if best_step is not None and path.name == f"step_{best_step:08d}":
+            continue
+        doomed = path.with_suffix(".saving")
+        try:
+            shutil.rmtree(doomed, ignore_errors=True)
             path.rename(doomed)
             shutil.rmtree(doomed)
+        except OSError as error:
+            report(f"the old checkpoint {path} could not be removed whole: {error}")

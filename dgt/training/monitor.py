@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import math
 import resource
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from dgt.training.checkpoint import write_durably
 from dgt.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -58,10 +60,20 @@ class Size:
     """Multiply-accumulates of one forward pass of one image; None where the network does not say."""
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """Where the run goes on."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    evaluation_is_due: bool = False
+    """The evaluation after that step was cut off and comes now."""
+
+
 class Monitor:
     """Rank 0's reports; on other ranks every call does nothing."""
 
-    def __init__(self, config: MonitorConfig, folder: RunFolder, size: Size, resumed_at: int, is_main: bool):
+    def __init__(self, config: MonitorConfig, folder: RunFolder, size: Size, resumed: Resumed, is_main: bool):
         self.config = config
         self.size = size
         self.is_main = is_main
@@ -69,16 +81,46 @@ class Monitor:
         self.steps = 0
         self.folder = folder
         self.curves: SummaryWriter | None = None
+        self.has_failed = False
         if is_main:
-            forget_after(folder.metrics, resumed_at)
-            self.open_curves(resumed_at + 1)
+            self.continue_from(resumed)
+
+    def continue_from(self, resumed: Resumed) -> None:
+        """Forgets what was reported after the step that the run resumes from."""
+        try:
+            kept = forget_after(self.folder.metrics, resumed)
+            if resumed.evaluation_is_due:
+                # TensorBoard forgets whole steps: this one is written again, without the evaluation that is to come.
+                self.open_curves(resumed.step)
+                self.plot(resumed.step, kept.get(resumed.step, {}))
+            else:
+                self.open_curves(resumed.step + 1)
+        except OSError as error:
+            self.failed("earlier metrics could not be read or written", error)
 
     def open_curves(self, first_step: int) -> None:
         """Opens a TensorBoard file whose curves begin at `first_step`; what earlier files say from there on is void."""
-        if self.config.tensorboard:
+        if not self.config.tensorboard:
+            return
+        try:
             from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            log.warning("no TensorBoard curves: %s (install tensorboard, or set monitor.tensorboard=false)", error)
+            return
+        self.curves = SummaryWriter(str(self.folder.tensorboard), purge_step=first_step)
 
-            self.curves = SummaryWriter(str(self.folder.tensorboard), purge_step=first_step)
+    def plot(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One point per TensorBoard curve."""
+        if self.curves is not None:
+            for name, value in scalars.items():
+                self.curves.add_scalar(name, value, step)
+            self.curves.flush()
+
+    def failed(self, what: str, error: OSError) -> None:
+        """Says what could not be reported; the run goes on."""
+        log.error("%s in %s: %s", what, self.folder.path, error)
+        self.curves = None  # its writing thread has ended with the error
+        self.has_failed = True
 
     def step(self, step: int, seconds: float, waited: float, scalars: Mapping[str, float]) -> None:
         """Notes one optimizer step (`seconds` long, `waited` of them for data) and reports when it is time to."""
@@ -111,22 +153,23 @@ class Monitor:
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and one point per TensorBoard curve; a full disk costs points, not the run."""
         try:
-            with self.folder.metrics.open("a") as file:
-                file.write(json.dumps({"step": step, **scalars}) + "\n")
-            if self.curves is None:
+            finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+            separator = ""
+            if self.has_failed:
+                separator = "\n" if is_cut(self.folder.metrics) else ""
                 self.open_curves(step)
-            if self.curves is not None:
-                for name, value in scalars.items():
-                    self.curves.add_scalar(name, value, step)
-                self.curves.flush()
+                self.has_failed = False
+            with self.folder.metrics.open("a") as file:
+                file.write(separator + json.dumps({"step": step, **finite}) + "\n")
+            self.plot(step, scalars)
         except OSError as error:
-            log.error("the metrics of step %d could not be written to %s: %s", step, self.folder.path, error)
-            self.curves = None  # its writing thread has ended with the error
+            self.failed(f"the metrics of step {step} could not be written", error)
 
     def close(self) -> None:
         """Finishes the TensorBoard file."""
         if self.curves is not None:
-            self.curves.close()
+            with suppress(OSError):
+                self.curves.close()
 
     def mfu(self, images_per_s: float) -> float | None:
         """Model FLOP utilisation: 2 operations per multiply-accumulate, backward twice forward; None if unknown."""
@@ -166,18 +209,30 @@ def memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def forget_after(metrics: Path, step: int) -> None:
-    """Drops the lines of metrics.jsonl after `step`, and one that a kill has cut off, atomically."""
-    if not metrics.exists():
-        return
-    kept = []
-    for line in metrics.read_text().splitlines():
+def is_cut(path: Path) -> bool:
+    """Whether the file's last line is not whole."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - 1, 0))
+        return file.read(1) not in (b"", b"\n")
+
+
+def forget_after(metrics: Path, resumed: Resumed) -> dict[int, dict[str, float]]:
+    """Drops from metrics.jsonl, at once, what comes after `resumed`, and lines that a kill or full disk has cut off.
+
+    Returns what is left of the training steps, by step.
+    """
+    kept, training = [], {}
+    for line in metrics.read_text().splitlines() if metrics.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    temporary = metrics.with_suffix(".jsonl.new")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, metrics)
+        step, evaluated = row.pop("step"), any(name.startswith("val/") for name in row)
+        if step > resumed.step or (step == resumed.step and evaluated and resumed.evaluation_is_due):
+            continue
+        kept.append(line + "\n")
+        if not evaluated:
+            training[step] = {name: math.nan if value is None else value for name, value in row.items()}
+    if metrics.exists():
+        write_durably(metrics, "".join(kept))
+    return training

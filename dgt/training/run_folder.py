@@ -11,23 +11,29 @@ OUTPUT_DIR/NAME/
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dgt.training.checkpoint import write_durably
+
 MAY_CHANGE = (
     "name",
     "output_dir",
-    "engine.",
+    "engine.name",
+    "engine.threads",
+    "engine.activation_checkpointing",
+    "engine.deterministic",
     "checkpoint.",
     "monitor.",
     "data.path",
     "data.num_threads",
     "data.prefetch",
+    "data.max_bad_samples",
     "steps.micro_batch_size",
     "steps.max_steps",
+    "steps.max_skipped_in_a_row",
     "steps.evaluate_",
 )
 """Keys that a resumed run may have changed: they say where and how fast it computes, not what."""
@@ -63,11 +69,6 @@ class RunFolder:
         """Committed checkpoints, and saves under way."""
         return self.path / "checkpoints"
 
-    @property
-    def logs(self) -> Path:
-        """One file per rank."""
-        return self.path / "logs"
-
 
 def plain(config: Any) -> Any:
     """A configuration as nested plain values, such as YAML and JSON write and read back unchanged."""
@@ -100,8 +101,10 @@ def check(folder: RunFolder, settings: Mapping[str, Any]) -> None:
         return
     try:
         earlier = yaml.safe_load(folder.config.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunFolderError(f"{folder.config} cannot be read: {error}") from None
+    if not isinstance(earlier, Mapping):
+        raise RunFolderError(f"{folder.config} holds no configuration; restore it, or choose another name=")
     changed = {k: v for k, v in differences(earlier, settings).items() if not k.startswith(MAY_CHANGE)}
     if changed:
         listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
@@ -118,8 +121,7 @@ def claim(folder: RunFolder, settings: Mapping[str, Any]) -> None:
     check(folder, settings)
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        temporary = folder.config.with_suffix(".yaml.new")
-        temporary.write_text(yaml.safe_dump(dict(settings), sort_keys=False, default_flow_style=None, width=110))
-        os.replace(temporary, folder.config)
+        text = yaml.safe_dump(dict(settings), sort_keys=False, default_flow_style=None, width=110)
+        write_durably(folder.config, text)
     except OSError as error:
         raise RunFolderError(f"{folder.path} cannot be written: {error.strerror or error}") from None

@@ -17,12 +17,12 @@ from dgt.training.ema import Ema
 from dgt.training.evaluate import evaluate
 from dgt.training.inputs import StepInputs, timed
 from dgt.training.interrupt import Interruption
-from dgt.training.monitor import Monitor, Size
+from dgt.training.monitor import Monitor, Resumed, Size
 from dgt.training.parallel import Engine, build_engine
 from dgt.training.run_folder import RunFolder
 from dgt.training.schedule import learning_rate
 from dgt.training.state import DivergedError, Outcome, Progress
-from dgt.training.world import World, joined, set_threads
+from dgt.training.world import World, joined, set_deterministic, set_threads
 
 if TYPE_CHECKING:
     from dgt.config import Config
@@ -34,10 +34,12 @@ def train(config: Config, interruption: Interruption | None = None) -> Outcome:
     """Trains until the configured end or until a signal asks to stop, continuing from the newest checkpoint.
 
     Every rank calls it with the same configuration; see `joined` for how ranks find each other. Raises
-    RunFolderError, CheckpointError, DivergedError, or the data pipeline's errors, on every rank alike.
+    RunFolderError, CheckpointError or DivergedError on every rank alike; the data pipeline's errors on the rank that
+    meets them, whose end the launcher turns into the others'.
     """
     with joined() as world, ExitStack() as stack:
         set_threads(config.engine.threads)
+        set_deterministic(config.engine.deterministic)
         folder = RunFolder(config.run_dir)
         world.on_main(lambda: run_folder.claim(folder, run_folder.plain(config)))
         task = build_task(config.task, config.model, config.data)
@@ -83,6 +85,7 @@ class Trainer:
         self.folder = RunFolder(config.run_dir)
         self.ema = Ema(engine.network, config.ema) if config.ema.enabled else None
         self.progress = Progress()
+        self.saved_best: tuple[float | None, int | None] = (None, None)
         self.metrics: dict[str, float] | None = None
         self.steps_per_epoch = len(training_data)
         self.scheduled_steps = config.steps.epochs * self.steps_per_epoch
@@ -93,15 +96,16 @@ class Trainer:
         self.resume()
         self.monitor = self.open_monitor()
         try:
-            self.evaluate_if_due()  # one that an interruption has cut off
-            while not self.finished() and not (asked := self.asked_to_stop()):
+            if self.evaluate_if_due():  # one that an interruption has cut off
+                self.save(must=True)
+            while not (self.finished() or self.asked_to_stop()):
                 for batch, waited in timed(self.training_data):
                     self.step(batch, waited)
                     self.evaluate_if_due()
-                    asked = self.asked_to_stop()
-                    if asked or self.save_is_due():
-                        self.save()
-                    if asked or self.finished():
+                    leaving = self.finished() or bool(self.asked_to_stop())
+                    if leaving or self.save_is_due():
+                        self.save(must=leaving)
+                    if leaving:
                         break
             if self.finished():
                 return Outcome("finished", self.progress.step, metrics=self.metrics)
@@ -140,7 +144,7 @@ class Trainer:
         progress, ids = self.progress, [int(i) for part in self.world.gather(batch.ids.tolist()) for i in part]
         sentence = f"step {progress.step} skipped: its gradient is not finite (sample ids {ids})"
         if progress.skipped_in_a_row >= self.config.steps.max_skipped_in_a_row:
-            raise DivergedError(f"{sentence}; it is the {progress.skipped_in_a_row}th in a row, so training stops")
+            raise DivergedError(f"{sentence}; that makes {progress.skipped_in_a_row} in a row, so training stops")
         log.warning(sentence)
 
     def finished(self) -> bool:
@@ -151,22 +155,27 @@ class Trainer:
         """The signal that all ranks agree to obey; 0 = go on."""
         return self.interruption.agreed(self.world)
 
-    def evaluate_if_due(self) -> None:
-        """At an epoch's end as configured and after the last step; one that is interrupted runs again on resume."""
+    def evaluation_is_due(self) -> bool:
+        """At an epoch's end as configured and after the last step."""
         step, every = self.progress.step, self.config.steps.evaluate_every_epochs * self.steps_per_epoch
-        if step == self.progress.evaluated_at or not (step >= self.last_step or (every and step % every == 0)):
-            return
+        return step != self.progress.evaluated_at and (step >= self.last_step or (every > 0 and step % every == 0))
+
+    def evaluate_if_due(self) -> bool:
+        """Evaluates where it is time to; False where it was not, or where a signal cut it off: it runs on resume."""
+        if not self.evaluation_is_due():
+            return False
         with self.engine.averaged_weights(self.ema):
             metrics = evaluate(
                 self.engine, self.task, self.validation_data, self.config.data, lambda: bool(self.asked_to_stop())
             )
         if metrics is None:
-            return
-        self.metrics, self.progress.evaluated_at = metrics, step
-        value = metrics[self.task.best_metric]
-        if self.progress.best_metric is None or value > self.progress.best_metric:
-            self.progress.best_metric, self.progress.best_step = value, step
-        self.monitor.evaluation(step, metrics)
+            return False
+        progress, value = self.progress, metrics[self.task.best_metric]
+        self.metrics, progress.evaluated_at = metrics, progress.step
+        if progress.best_metric is None or value > progress.best_metric:
+            progress.best_metric, progress.best_step = value, progress.step
+        self.monitor.evaluation(progress.step, metrics)
+        return True
 
     def save_is_due(self) -> bool:
         """At the configured steps, after an evaluation that was the best, and at the end."""
@@ -177,17 +186,25 @@ class Trainer:
         """All tensors that decide the next step, in this rank's layout."""
         return self.engine.state_dict() | ({"ema": self.ema.averages} if self.ema else {})
 
-    def save(self) -> None:
-        """Commits a checkpoint, then lets go of old ones. A failed save is reported and, if so configured, fatal."""
-        facts = {"progress": asdict(self.progress), "config": run_folder.plain(self.config)}
-        error = checkpoint.save(self.folder.checkpoints, self.progress.step, self.tensors(), facts, self.world)
-        if error and self.config.checkpoint.on_error == "stop":
-            raise checkpoint.CheckpointError(error)
+    def save(self, must: bool) -> None:
+        """Commits a checkpoint, then lets go of old ones.
+
+        A failed save is reported; it raises SaveError where it `must` succeed, because the run ends here, or where the
+        configuration says so. A best result whose checkpoint failed does not count as the best.
+        """
+        progress, folder = self.progress, self.folder.checkpoints
+        facts = {"progress": asdict(progress), "config": run_folder.plain(self.config)}
+        error = checkpoint.save(folder, progress.step, self.tensors(), facts, self.world)
+        if error and (must or self.config.checkpoint.on_error == "stop"):
+            raise checkpoint.SaveError(error)
         if error:
             log.error("%s; training goes on, the previous checkpoint stays", error)
-        elif self.world.is_main:
-            log.info("checkpoint of step %d saved", self.progress.step)
-            checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep_last, self.progress.best_step)
+            progress.best_metric, progress.best_step = self.saved_best
+            return
+        self.saved_best = (progress.best_metric, progress.best_step)
+        if self.world.is_main:
+            log.info("checkpoint of step %d saved", progress.step)
+            checkpoint.prune(folder, self.config.checkpoint.keep_last, progress.best_step, log.warning)
 
     def resume(self) -> None:
         """Continues from the newest whole checkpoint; without any, starts at step 0."""
@@ -201,6 +218,7 @@ class Trainer:
         checkpoint.read_tensors(found, tensors, self.world)
         self.engine.load_state_dict(tensors)
         self.progress = Progress(**found.manifest["progress"])
+        self.saved_best = (self.progress.best_metric, self.progress.best_step)
         self.training_data.load_state_dict(self.progress.data)
         log.info("resuming after step %d from %s", self.progress.step, found.path)
 
@@ -208,4 +226,5 @@ class Trainer:
         """The reports of this attempt, from the step it starts at."""
         macs = self.task.macs(self.engine.network)
         size = Size(self.last_step, self.steps_per_epoch, self.config.steps.global_batch_size, self.world.size, macs)
-        return Monitor(self.config.monitor, self.folder, size, self.progress.step, self.world.is_main)
+        resumed = Resumed(self.progress.step, self.evaluation_is_due())
+        return Monitor(self.config.monitor, self.folder, size, resumed, self.world.is_main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
     control: dist.ProcessGroup
     """A gloo group over all ranks for decisions on the host; never waits for the GPU."""
@@ -56,7 +56,7 @@ class World:
             try:
                 result = act()
             except Exception as raised:
-                error = raised
+                error = portable(raised)
         result, error = self.gather((result, error))[0]
         if error is not None:
             raise error
@@ -65,6 +65,15 @@ class World:
     def barrier(self) -> None:
         """Waits until every rank is here."""
         self.agree_max(0)
+
+
+def portable(error: Exception) -> Exception:
+    """The error itself where it survives the way to other ranks, else its words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextmanager
@@ -91,7 +100,7 @@ def joined() -> Iterator[World]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield World(rank, size, local_rank, device, dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
+        yield World(rank, size, device, dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
     finally:
         dist.destroy_process_group()
 
@@ -100,3 +109,10 @@ def set_threads(threads: int) -> None:
     """CPU threads of this rank's arithmetic; 0 = its share of the cores that this process may use."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+def set_deterministic(only: bool) -> None:
+    """Whether GPU operations that do not repeat bit for bit are replaced by slower ones that do."""
+    if only:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its first handle is made
+    torch.use_deterministic_algorithms(only)

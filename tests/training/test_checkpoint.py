@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import kill_self, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -45,7 +46,7 @@ def test_a_checkpoint_reads_back_what_was_saved(tmp_path: Path, world: World) ->
     assert set(found.manifest["files"]) == {"__0_0.distcp", ".metadata"}
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "no manifest"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "manifest flip", "no manifest"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_set_aside(
     tmp_path: Path, world: World, damage: str
 ) -> None:
@@ -63,6 +64,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_set_aside(
         data.unlink()
     elif damage == "manifest":
         (newest / "manifest.json").write_text('{"format": 1, "st')
+    elif damage == "manifest flip":
+        text = (newest / "manifest.json").read_text()
+        (newest / "manifest.json").write_text(text.replace('"step": 2', '"step": 6'))
     else:
         (newest / "manifest.json").unlink()
     said: list[str] = []
@@ -73,6 +77,103 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_set_aside(
     assert "step_00000002" in said[0]
     assert names(tmp_path) == ["step_00000001", "step_00000002.damaged"]
     assert save(tmp_path, 2, world) is None, "the step can be saved again"
+
+
+@pytest.mark.parametrize("problem", ["input/output error", "another format"])
+def test_a_checkpoint_that_cannot_be_judged_stops_the_run_and_stays_where_it_is(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    save(tmp_path, 1, world)
+    if problem == "another format":
+        monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    else:
+
+        def stale(_: Path) -> None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+        monkeypatch.setattr(checkpoint, "described", stale)
+    with pytest.raises(CheckpointError, match=r"cannot be read now|is of checkpoint format"):
+        checkpoint.newest(tmp_path, print)
+    assert names(tmp_path) == ["step_00000001"]
+
+
+def test_facts_of_a_step_can_be_replaced_and_its_tensors_stay(tmp_path: Path, world: World) -> None:
+    save(tmp_path, 1, world)
+    before = (tmp_path / "step_00000001" / "__0_0.distcp").stat().st_mtime_ns
+    assert checkpoint.save(tmp_path, 1, {}, {"progress": {"evaluated_at": 1}}, world) is None
+    found = checkpoint.newest(tmp_path, print)
+    assert found is not None
+    assert found.manifest["progress"] == {"evaluated_at": 1}
+    assert (tmp_path / "step_00000001" / "__0_0.distcp").stat().st_mtime_ns == before
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_reported_and_stops_nothing(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, world)
+    said: list[str] = []
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    checkpoint.prune(tmp_path, 1, None, said.append)
+    assert len(said) == 2
+    assert "Directory not empty" in said[0]
+    assert [p.name for p in checkpoint.committed(tmp_path)] == ["step_00000003"]
+
+
+KILL_POINTS = ("write", "written", "manifest", "before the rename", "after the rename", "while pruning")
+
+
+def save_and_die(folder: Path, point: str) -> None:
+    """Saves steps 1 and 2, then dies at a point of saving step 3 and pruning step 1."""
+    with joined() as world:
+        rename, replace, dcp_save = Path.rename, os.replace, checkpoint.dcp.save
+        for step in (1, 2):
+            save(folder, step, world)
+
+        def killing_save(*args: Any, **kwargs: Any) -> None:
+            if point == "write":
+                kill_self()
+            dcp_save(*args, **kwargs)
+            if point == "written":
+                kill_self()
+
+        def killing_replace(*args: Any) -> None:
+            if point == "manifest":
+                kill_self()
+            replace(*args)
+
+        def killing_rename(path: Path, target: Path) -> Path:
+            committing = path.name == "step_00000003.saving"  # torch renames its own metadata, too
+            if point == "before the rename" and committing:
+                kill_self()
+            result = rename(path, target)
+            if (point == "after the rename" and committing) or (
+                point == "while pruning" and path.name == "step_00000001"
+            ):
+                kill_self()
+            return result
+
+        checkpoint.dcp.save, os.replace, Path.rename = killing_save, killing_replace, killing_rename  # type: ignore
+        save(folder, 3, world)
+        checkpoint.prune(folder, 2, None, print)
+
+
+@pytest.mark.parametrize("point", KILL_POINTS)
+def test_a_kill_at_any_moment_of_a_save_leaves_the_newest_whole_checkpoint(tmp_path: Path, point: str) -> None:
+    (result,) = run_ranks(1, save_and_die, tmp_path, point, check=False)
+    assert result.exitcode == -9
+    for path in checkpoint.committed(tmp_path):
+        checkpoint.verify(path)  # whatever has a committed name is whole
+    found = checkpoint.newest(tmp_path, print)
+    assert found is not None
+    assert found.step == (3 if point in ("after the rename", "while pruning") else 2)
+    checkpoint.discard_unfinished(tmp_path)
+    assert all(name.startswith("step_") and "." not in name for name in names(tmp_path))
 
 
 def test_no_fresh_start_where_every_checkpoint_is_damaged(tmp_path: Path, world: World) -> None:
@@ -96,7 +197,7 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path, world: World) -
     for step in range(1, 7):
         save(tmp_path, step, world)
     (tmp_path / "step_00000009.saving").mkdir()
-    checkpoint.prune(tmp_path, keep_last=2, best_step=3)
+    checkpoint.prune(tmp_path, 2, best_step=3, report=print)
     assert [p.name for p in checkpoint.committed(tmp_path)] == ["step_00000006", "step_00000005", "step_00000003"]
 
 

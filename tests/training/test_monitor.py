@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dgt.training.monitor import Monitor, MonitorConfig, Size, clock
+from dgt.training.monitor import Monitor, MonitorConfig, Resumed, Size, clock
 from dgt.training.run_folder import RunFolder
 
 SIZE = Size(total_steps=12, steps_per_epoch=6, global_batch_size=8, world_size=1, macs_per_image=None)
 
 
 def report(folder: RunFolder, resumed_at: int, last: int, loss: float) -> None:
-    monitor = Monitor(MonitorConfig(log_every=1), folder, SIZE, resumed_at, is_main=True)
+    monitor = Monitor(MonitorConfig(log_every=1), folder, SIZE, Resumed(resumed_at), is_main=True)
     for step in range(resumed_at + 1, last + 1):
         monitor.step(step, 0.5, 0.1, {"train/loss": loss + step, "train/lr": 0.1, "train/grad_norm": 1.0})
     monitor.close()
@@ -37,7 +37,7 @@ def test_curves_continue_after_a_resume_without_overlap_or_gap(tmp_path: Path) -
 
 
 def test_rates_count_images_and_waiting_over_the_logged_steps(tmp_path: Path) -> None:
-    monitor = Monitor(MonitorConfig(log_every=4, tensorboard=False), RunFolder(tmp_path), SIZE, 0, is_main=True)
+    monitor = Monitor(MonitorConfig(log_every=4, tensorboard=False), RunFolder(tmp_path), SIZE, Resumed(), is_main=True)
     for step in range(1, 5):
         monitor.step(step, 0.5, 0.1 * step, {"train/loss": 1.0, "train/lr": 0.1})
     monitor.close()
@@ -63,7 +63,7 @@ def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    monitor = Monitor(MonitorConfig(log_every=1), RunFolder(tmp_path), SIZE, 0, is_main=False)
+    monitor = Monitor(MonitorConfig(log_every=1), RunFolder(tmp_path), SIZE, Resumed(), is_main=False)
     monitor.step(1, 0.5, 0.1, {"train/loss": 1.0, "train/lr": 0.1})
     monitor.evaluation(1, {"top1": 1.0})
     monitor.close()
@@ -72,18 +72,43 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_a_full_disk_costs_points_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = RunFolder(tmp_path)
-    monitor = Monitor(MonitorConfig(log_every=1), folder, SIZE, 0, is_main=True)
+    monitor = Monitor(MonitorConfig(log_every=1), folder, SIZE, Resumed(), is_main=True)
     for step in range(1, 7):
-        if step == 3:
+        if step in (3, 4):
             folder.metrics.rename(tmp_path / "before")
             folder.metrics.symlink_to("/dev/full")
-        if step == 5:
+        monitor.step(step, 0.5, 0.1, {"train/loss": float(step), "train/lr": 0.1})
+        if step in (3, 4):
             folder.metrics.unlink()
             (tmp_path / "before").rename(folder.metrics)
-        monitor.step(step, 0.5, 0.1, {"train/loss": float(step), "train/lr": 0.1})
     monitor.close()
     assert "the metrics of step 3 could not be written" in caplog.text
     assert "No space left on device" in caplog.text
     assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [1, 2, 5, 6]
     events = EventAccumulator(str(folder.tensorboard)).Reload().Scalars("train/loss")
     assert [event.step for event in events] == [1, 2, 5, 6]
+
+
+def test_an_evaluation_that_is_repeated_is_reported_once(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for attempt in range(3):  # killed twice between its report and the checkpoint that would have remembered it
+        monitor = Monitor(MonitorConfig(log_every=1), folder, SIZE, Resumed(attempt and 2, attempt > 0), is_main=True)
+        for step in (1, 2) if attempt == 0 else ():
+            monitor.step(step, 0.5, 0.1, {"train/loss": float(step), "train/lr": 0.1})
+        monitor.evaluation(2, {"top1": 50.0 + attempt})
+        monitor.close()
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert [(row["step"], row.get("val/top1")) for row in rows] == [(1, None), (2, None), (2, 52.0)]
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("val/top1")] == [(2, 52.0)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_row_cut_off_by_a_full_disk_does_not_take_the_next_one_with_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    monitor = Monitor(MonitorConfig(log_every=1, tensorboard=False), folder, SIZE, Resumed(), is_main=True)
+    folder.metrics.write_text('{"step": 1, "train/lo')
+    monitor.failed("cut", OSError("No space left on device"))
+    monitor.step(2, 0.5, 0.1, {"train/loss": float("nan"), "train/lr": 0.1})
+    lines = folder.metrics.read_text().splitlines()
+    assert json.loads(lines[1])["train/loss"] is None, "NaN is no JSON"

@@ -16,8 +16,9 @@ from small import small_config
 
 from data_pipeline.config import SyntheticConfig
 from dgt.config import Config
+from dgt.tasks import Classification
 from dgt.training import checkpoint
-from dgt.training.checkpoint import CheckpointConfig, CheckpointError
+from dgt.training.checkpoint import CheckpointConfig, SaveError
 from dgt.training.interrupt import Interruption
 from dgt.training.state import DivergedError
 from dgt.training.steps import StepsConfig
@@ -94,6 +95,10 @@ def test_an_interrupted_evaluation_is_done_after_the_resume(tmp_path: Path) -> N
     again = train(config, interruption)
     assert (again.status, again.step) == ("finished", 2)
     assert again.metrics is not None
+    newest = checkpoint.newest(config.run_dir / "checkpoints", print)
+    assert newest is not None
+    assert (newest.manifest["progress"]["evaluated_at"], newest.manifest["progress"]["best_step"]) == (2, 2)
+    train(config)
     rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "val/top1" in row] == [2]
 
@@ -102,15 +107,55 @@ def fail_to_save(*_: Any, **__: Any) -> str:
     return "the checkpoint of step 2 could not be written to here (0 MB free): OSError: disk full"
 
 
+def failing_at(*steps: int) -> Any:
+    """A stand-in for checkpoint.save that fails at these steps, as a full disk does."""
+    real = checkpoint.save
+
+    def save(folder: Path, step: int, *rest: Any) -> str | None:
+        return (
+            f"the checkpoint of step {step} could not be written: disk full"
+            if step in steps
+            else real(folder, step, *rest)
+        )
+
+    return save
+
+
 def test_a_failing_save_stops_or_lets_go_on_as_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(checkpoint, "save", fail_to_save)
-    assert train(short(tmp_path / "continue")).status == "finished"
+    monkeypatch.setattr(checkpoint, "save", failing_at(1))
+    every_step = CheckpointConfig(every_steps=1)
+    assert train(short(tmp_path / "continue", checkpoint=every_step)).status == "finished"
     assert "disk full; training goes on" in caplog.text
-    config = short(tmp_path / "stop", checkpoint=CheckpointConfig(every_steps=1, on_error="stop"))
-    with pytest.raises(CheckpointError, match="disk full"):
-        train(config)
+    with pytest.raises(SaveError, match="disk full"):
+        train(short(tmp_path / "stop", checkpoint=replace(every_step, on_error="stop")))
+
+
+def test_a_run_whose_last_save_fails_is_neither_finished_nor_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "save", failing_at(1, 2))
+    with pytest.raises(SaveError, match="step 2 could not be written"):
+        train(short(tmp_path / "end"))
+    monkeypatch.setattr(Trainer, "asked_to_stop", lambda self: signal.SIGTERM if self.progress.step else 0)
+    with pytest.raises(SaveError, match="step 1 could not be written"):
+        train(short(tmp_path / "signal"))
+
+
+@pytest.mark.parametrize(("accuracies", "lost", "best"), [((50.0, 10.0, 20.0), (), 2), ((50.0, 60.0, 20.0), (4,), 2)])
+def test_the_best_checkpoint_outlives_newer_ones_and_a_lost_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracies: tuple[float, ...], lost: tuple[int, ...], best: int
+) -> None:
+    answers = iter(accuracies)
+    monkeypatch.setattr(Classification, "metrics", lambda *_: {"top1": next(answers), "samples": 1.0})
+    monkeypatch.setattr(checkpoint, "save", failing_at(*lost))
+    config = small_config(tmp_path, checkpoint=CheckpointConfig(every_steps=100, keep_last=1),
+                          steps=StepsConfig(epochs=3, global_batch_size=16, micro_batch_size=8))  # fmt: skip
+    assert train(config).status == "finished"
+    kept = checkpoint.committed(config.run_dir / "checkpoints")
+    assert [path.name for path in kept] == ["step_00000006", f"step_{best:08d}"]
+    assert checkpoint.verify(kept[0]).manifest["progress"]["best_step"] == best
 
 
 def test_a_disk_that_fills_up_costs_checkpoints_but_not_the_run(
@@ -144,7 +189,7 @@ def test_gradients_that_stay_non_finite_end_the_run_with_the_sample_ids(
     config = short(tmp_path, steps=steps)
     monkeypatch.setattr("dgt.tasks.classification.F.cross_entropy",
                         lambda logits, *_, **__: logits.sum(1) * float("nan"))  # fmt: skip
-    with pytest.raises(DivergedError, match=r"step 3 skipped: .*sample ids \[.*3th in a row") as caught:
+    with pytest.raises(DivergedError, match=r"step 3 skipped: .*sample ids \[.*3 in a row") as caught:
         train(config)
     assert str(caught.value).count(",") >= 7
     assert "step 1 skipped" in caplog.text

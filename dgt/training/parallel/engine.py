@@ -32,6 +32,8 @@ class EngineConfig:
     """What a block recomputes in the backward pass; the grouping is kept in any case, never recomputed."""
     threads: int = 0
     """CPU threads of one rank's arithmetic; 0 = its share of the cores that it may use."""
+    deterministic: bool = False
+    """On GPUs: only operations that repeat bit for bit, at some cost of speed. On CPUs all of them do anyway."""
 
     def __post_init__(self) -> None:
         if self.threads < 0:
@@ -62,6 +64,13 @@ class Engine:
         self.config = config
         self.clip = optimizer.clip_grad_norm
         self.optimizer = build_optimizer(network, optimizer)
+        self.make_moments()
+
+    def make_moments(self) -> None:
+        """Gives every parameter its (zero) moments now, so that a state is whole even before the first update."""
+        get_optimizer_state_dict(self.network, self.optimizer)  # makes missing ones by an update of nothing
+        for state in self.optimizer.state.values():
+            state["step"].zero_()
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Context of one micro-batch's backward pass; gradients meet across ranks only in the `last` one."""
@@ -126,7 +135,7 @@ class Engine:
                 torch._foreach_copy_(weights, own)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and optimizer state by parameter name; tensors keep their sharding. Needs at least one step."""
+        """Weights and optimizer state by parameter name; tensors keep their sharding."""
         self.reshard()
         return {
             "model": dict(self.network.named_parameters()) | dict(self.network.named_buffers()),
