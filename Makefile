@@ -1,10 +1,8 @@
 # Two commands are enough: make demo, make test. Both set up what is missing first and can be run again at any time.
-SHELL := /bin/bash
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
-export DGT_PYTHON := $(PYTHON)
 
-.PHONY: help setup setup-test demo test test-all lint types clean-demo
+.PHONY: help setup setup-test demo test lint types clean-demo
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -14,7 +12,7 @@ setup: $(VENV)/.ready  ## virtual environment with the tested versions
 $(VENV)/.ready: pyproject.toml constraints.txt .ci/setup
 	@.ci/setup $(VENV)
 
-setup-test: setup  ## what the tests need besides: Slurm, FFCV's libraries (apt, where permitted)
+setup-test: setup  ## what the tests need besides: Slurm (apt-get, where permitted)
 	@.ci/setup-system
 
 demo: setup  ## prepare the digits, train with an interruption, evaluate, export, say what came out
