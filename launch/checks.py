@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.runs import LaunchError
+from launch.cluster import job_state
+from launch.runs import LaunchError, read_record
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,18 +20,23 @@ if TYPE_CHECKING:
 def known_errors() -> tuple[type[Exception], ...]:
     """Errors whose message says all that a person needs; programs print it without a traceback."""
     from data_pipeline.shards.source import DamagedSampleError, DataError
-
-    return (*final_errors(), DataError, DamagedSampleError)
-
-
-def final_errors() -> tuple[type[Exception], ...]:
-    """Known errors that the same job would meet again, so that it is not retried."""
     from dgt.config import ConfigError
     from dgt.training.checkpoint import CheckpointError
     from dgt.training.run_folder import RunFolderError
     from dgt.training.state import DivergedError
 
-    return LaunchError, ConfigError, CheckpointError, RunFolderError, DivergedError
+    return LaunchError, ConfigError, CheckpointError, RunFolderError, DivergedError, DataError, DamagedSampleError
+
+
+def would_repeat(error: Exception) -> bool:
+    """Whether the same job would meet this known error again, so that it is not retried.
+
+    Storage that was full or away for a while may be there again.
+    """
+    from data_pipeline.shards.source import DamagedSampleError, DataError
+    from dgt.training.checkpoint import SaveError
+
+    return not isinstance(error, (SaveError, DataError, DamagedSampleError))
 
 
 def network(config: Config) -> nn.Module:
@@ -41,6 +47,7 @@ def network(config: Config) -> nn.Module:
     import torch
 
     from dgt.config import ConfigError
+    from dgt.models import DGT
     from dgt.tasks import build_task
 
     weights = config.model.checkpoint_path
@@ -49,9 +56,29 @@ def network(config: Config) -> nn.Module:
     bare = dataclasses.replace(config.model, checkpoint_path="")
     try:
         with torch.device("meta"):
-            return build_task(config.task, bare, config.data).build_model()
+            built = build_task(config.task, bare, config.data).build_model()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model: {error}") from None
+    mode = config.engine.activation_checkpointing
+    if mode != "none" and not isinstance(built, DGT):
+        raise ConfigError(
+            f"engine.activation_checkpointing: {mode!r} is for DGT models, and {config.model.name} is none; "
+            "set it to none"
+        )
+    return built
+
+
+def augmentation(config: Config) -> None:
+    """Raises ConfigError where the changes to training images cannot be made as they are configured."""
+    from data_pipeline.augment import parse_rand_augment
+    from dgt.config import ConfigError
+
+    text = config.data.augment.rand_augment
+    try:
+        if text:
+            parse_rand_augment(text)
+    except ValueError as error:
+        raise ConfigError(f"data.augment.rand_augment: {error}") from None
 
 
 def batches(config: Config, ranks: int) -> None:
@@ -103,6 +130,19 @@ def output_folder(config: Config) -> None:
         raise LaunchError(f"output_dir: {nearest} is a file, so {config.run_dir} cannot be made")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise LaunchError(f"output_dir: no permission to write in {nearest}")
+
+
+def not_active(run: Path, own_job: str | None = None) -> None:
+    """Raises LaunchError where the run's last job still waits or runs in Slurm, unless that is `own_job`."""
+    record = read_record(run)
+    if record is None or record.cluster != "slurm" or record.job == own_job:
+        return
+    state = job_state(record.job)
+    if state is not None:
+        raise LaunchError(
+            f"the run {run.name} is active: Slurm job {record.job} is {state}. Wait for its end, cancel it with "
+            f"`scancel {record.job}`, or choose another --name"
+        )
 
 
 def problems(*checks: Callable[[], object]) -> list[str]:

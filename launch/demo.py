@@ -6,12 +6,14 @@ Digits to shards, training with two processes under FSDP, a Ctrl-C on purpose, a
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 CONFIG = "configs/dgt_nano_digits.yaml"
@@ -92,10 +94,13 @@ def interrupted_training() -> bool:
 
 
 def rows() -> list[dict[str, float]]:
-    """The lines of metrics.jsonl that are whole."""
+    """The lines of metrics.jsonl that are whole; a writer that was stopped may have left a part of one."""
     path = RUN / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def conclude(metrics: dict[str, float], seconds: float) -> int:
@@ -103,16 +108,25 @@ def conclude(metrics: dict[str, float], seconds: float) -> int:
     rates = [row["speed/images_per_s"] for row in rows() if "speed/images_per_s" in row]
     rate = sorted(rates)[len(rates) // 2]
     title("What came out")
+    stops = len(list((RUN / "jobs").glob("*.interrupted")))
+    story = f"interrupted {'once' if stops == 1 else f'{stops} times'} and resumed" if stops else "not interrupted"
     reached = metrics["top1"] >= REQUIRED_TOP1
     print(f"  accuracy      {metrics['top1']:.2f} % of {metrics['samples']:.0f} held-out digits "
           f"({'at least' if reached else 'MISSES the promised'} {REQUIRED_TOP1:.0f} %)")  # fmt: skip
-    print(f"  training      {rate:.0f} images/s (median), interrupted once and resumed")
+    print(f"  training      {rate:.0f} images/s (median), {story}")
     print(f"  all of it     {seconds / 60:.1f} minutes")
     print(f"  curves        {RUN / 'tensorboard'}   (tensorboard --logdir {RUN / 'tensorboard'})")
     print(f"  weights       {WEIGHTS}   (timm.create_model('dgt_nano', num_classes=10, checkpoint_path=...))")
-    print("  next          python launch/submit.py --nodes 8 --config configs/dgt_b_in1k.yaml --dry-run")
+    print(f"  next          {activation()}python launch/submit.py --nodes 8 --config configs/dgt_b_in1k.yaml --dry-run")
     (RUN / "demo.json").write_text(json.dumps({**metrics, "seconds": seconds}) + "\n")
     return 0 if reached else 1
+
+
+def activation() -> str:
+    """What a person types before a command, for it to find this environment; empty where it is active already."""
+    if "VIRTUAL_ENV" in os.environ or sys.prefix == sys.base_prefix:
+        return ""
+    return f"source {shlex.quote(os.path.relpath(Path(sys.prefix, 'bin', 'activate')))} && "
 
 
 def title(text: str) -> None:

@@ -67,7 +67,12 @@ def choose(wish: Wish, default_gpus_per_node: int) -> Layout:
             use_gpus=wish.processes_per_node is None,
         )
     if nodes > 1:
-        raise LaunchError(f"{nodes} nodes need Slurm, and there is no sbatch on this machine; see --dry-run")
+        if wish.cluster == "local":
+            raise LaunchError(f"--nodes {nodes}: --cluster local runs on this machine alone; leave one of them out")
+        raise LaunchError(
+            f"--nodes {nodes}: several nodes need Slurm, and there is no sbatch on this machine; --dry-run shows the "
+            "job all the same"
+        )
     return here(wish)
 
 

@@ -15,7 +15,7 @@ if not __package__:  # started as a file: what is imported must come from beside
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
 
-from launch import batch_script, checks, cluster, layout, local, profiles, program, runs, snapshot
+from launch import batch_script, checks, layout, local, profiles, program, runs, snapshot
 from launch.layout import Cluster, Layout, Wish
 from launch.profiles import Profile
 
@@ -82,13 +82,14 @@ def submit(options: argparse.Namespace) -> int:
     where = layout.choose(wish, profile.gpus_per_node)
     network = checks.network(config)
     checks.batches(config, where.ranks)
+    checks.augmentation(config)
     found = checks.problems(lambda: checks.samples(config), lambda: checks.output_folder(config))
     if options.dry_run:
         return show(config, where, profile, network, found)
     if found:
         return program.refuse("dgt-submit", *found)
     with runs.locked(config.run_dir) as lock:
-        refuse_active(config.run_dir)
+        checks.not_active(config.run_dir)
         code = snapshot.take(config.run_dir, to_yaml(config)).absolute()
         if where.cluster == "slurm":
             return start_in_slurm(slurm_job(config, where, profile, code))
@@ -112,19 +113,6 @@ def show(config: Config, where: Layout, profile: Profile, network: nn.Module, fo
         found = [*found, "no --cpus-per-task: Slurm gives each process one core, which decodes images slowly"]
     print(plan.describe(config, where, network, samples, job, found))
     return 0
-
-
-def refuse_active(run: Path) -> None:
-    """Raises LaunchError where the run's last job still waits or runs in Slurm."""
-    record = runs.read_record(run)
-    if record is None or record.cluster != "slurm":
-        return
-    state = cluster.job_state(record.job)
-    if state is not None:
-        raise runs.LaunchError(
-            f"the run {run.name} is active: Slurm job {record.job} is {state}. Wait for its end, cancel it with "
-            f"`scancel {record.job}`, or choose another --name"
-        )
 
 
 def rank_command(code: Path) -> tuple[str, ...]:

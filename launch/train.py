@@ -40,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.update(rank_variables(os.environ))
     rank = int(os.environ.get("RANK", 0))
     set_up_logging(rank)
-    from launch.checks import final_errors, known_errors
+    from launch.checks import known_errors, would_repeat
 
     try:
         outcome = run(options, early, rank)
     except known_errors() as error:
         log.error("%s", error)
-        if isinstance(error, final_errors()):
+        if would_repeat(error):
             mark("failed", {"reason": str(error)})
         return program.KNOWN_ERROR
     return conclude(outcome, rank)
@@ -80,6 +80,7 @@ def run(options: argparse.Namespace, early: Noted, rank: int) -> Outcome:
     config = load(options.config, options.overrides)
     checks.network(config)
     checks.batches(config, world_size)
+    checks.augmentation(config)
     interruption = Interruption()
     interruption.install()
     if early.received:
@@ -90,12 +91,13 @@ def run(options: argparse.Namespace, early: Noted, rank: int) -> Outcome:
 
 
 def train_guarded(config: Config, interruption: object) -> Outcome:
-    """Trains while this process holds the run's lock."""
+    """Trains while this process holds the run's lock, unless a job of the run is active in Slurm."""
     from dgt.training.trainer import train
     from launch import checks
 
     checks.output_folder(config)
     with runs.locked(config.run_dir):
+        checks.not_active(config.run_dir, own_job=os.environ.get("SLURM_JOB_ID"))
         return train(config, interruption)  # type: ignore[arg-type]
 
 

@@ -24,10 +24,10 @@ log = logging.getLogger("launch")
 def find(checkpoints: Path, which: str) -> Checkpoint:
     """The checkpoint "newest" or "best" in the folder `checkpoints`, or the one at the path `which`, verified.
 
-    "newest" passes over damaged ones, saying so. Raises CheckpointError where there is none, or where the one that
-    was named is damaged.
+    "newest" passes over damaged ones, saying so. Raises CheckpointError where there is none, where the one that was
+    named is damaged, or where the disk does not answer.
     """
-    from dgt.training.checkpoint import CheckpointError, committed, verify
+    from dgt.training.checkpoint import CheckpointError, DamagedError, committed, verify
 
     if which not in ("newest", "best"):
         if not Path(which).is_dir():
@@ -36,7 +36,7 @@ def find(checkpoints: Path, which: str) -> Checkpoint:
     for path in committed(checkpoints):
         try:
             newest = verify(path)
-        except CheckpointError as error:
+        except DamagedError as error:
             log.warning("checkpoint passed over: %s", error)
             continue
         best = newest.manifest["progress"]["best_step"]
@@ -44,8 +44,21 @@ def find(checkpoints: Path, which: str) -> Checkpoint:
             return newest
         if best is None:
             raise CheckpointError(f"{checkpoints}: nothing was evaluated before {path.name}, so none is the best")
-        return verify(checkpoints / f"step_{best:08d}")
+        return verified_best(checkpoints / f"step_{best:08d}")
     raise CheckpointError(f"there is no whole checkpoint in {checkpoints}; has the run saved one?")
+
+
+def verified_best(path: Path) -> Checkpoint:
+    """The best checkpoint. Raises CheckpointError where it has gone or is damaged."""
+    from dgt.training.checkpoint import CheckpointError, DamagedError, verify
+
+    instead = "name 'newest' or another step_* folder"
+    if not path.is_dir():
+        raise CheckpointError(f"the best checkpoint, {path}, is not there any more; {instead}")
+    try:
+        return verify(path)
+    except DamagedError as error:
+        raise CheckpointError(f"the best checkpoint is damaged ({error}); {instead}") from None
 
 
 def read(checkpoint: Checkpoint, network: nn.Module, kind: Kind | None) -> tuple[dict[str, Tensor], Kind]:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from dgt.config import load
-from launch import checks, cluster, layout, local, memory, profiles, runs, snapshot
+from dgt.training import checkpoint
+from launch import checks, cluster, demo, layout, local, memory, profiles, runs, snapshot, weights
 from launch.layout import Layout, Wish
 from launch.signals import STOP_SIGNALS, Noted
 
@@ -119,6 +120,60 @@ def test_marker_is_read_back_and_a_crash_leaves_none(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "jobs").iterdir()] == ["12.0.interrupted"]
 
 
+def checkpoint_folder(folder: Path, step: int, best: int) -> None:
+    """What passes for a whole checkpoint as long as nobody reads its tensors."""
+    path = folder / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    manifest = {"format": checkpoint.FORMAT, "step": step, "progress": {"best_step": best}, "files": {}}
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.digest(manifest)}))
+
+
+def test_best_checkpoint_that_has_gone_or_is_damaged_is_named_in_one_sentence(tmp_path: Path) -> None:
+    checkpoint_folder(tmp_path, 30, best=20)
+    best = tmp_path / "step_00000020"
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        weights.find(tmp_path, "best")
+    assert str(caught.value) == (
+        f"the best checkpoint, {best}, is not there any more; name 'newest' or another step_* folder"
+    )
+    checkpoint_folder(tmp_path, 20, best=20)
+    assert weights.find(tmp_path, "best").step == 20
+    (best / "manifest.json").write_text("{")
+    sentence = rf"the best checkpoint is damaged \({best}/manifest.json: .*\); name 'newest'"
+    with pytest.raises(checkpoint.CheckpointError, match=sentence):
+        weights.find(tmp_path, "best")
+    assert weights.find(tmp_path, "newest").step == 30
+
+
+def test_demo_skips_lines_that_a_stopped_writer_left_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "RUN", tmp_path)
+    assert demo.rows() == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st{"step": 2}\n{"step": 3}\n{"ste')
+    assert demo.rows() == [{"step": 1}, {"step": 3}]
+
+
+@pytest.mark.parametrize(
+    ("stops", "story"), [(0, "not interrupted"), (1, "interrupted once"), (2, "interrupted 2 times")]
+)
+def test_demo_says_how_often_its_run_was_interrupted_and_how_to_go_on(
+    stops: int, story: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "RUN", tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(Path.cwd() / "venv"))
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "speed/images_per_s": 7}\n')
+    for number in range(stops):
+        runs.leave_marker(str(tmp_path / "jobs" / f"j{number}.0"), "interrupted", {})
+    assert demo.conclude({"top1": 99.0, "samples": 10}, 1.0) == 0
+    said = capsys.readouterr().out
+    assert f"7 images/s (median), {story}" in said
+    assert "next          source venv/bin/activate && python launch/submit.py --nodes" in said
+    monkeypatch.setenv("VIRTUAL_ENV", "venv")
+    assert demo.activation() == ""
+
+
 def test_layout_follows_the_wish(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "has_slurm", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -135,7 +190,8 @@ def test_layout_follows_the_wish(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("wish", "sentence"),
     [
-        (Wish(nodes=2), "2 nodes need Slurm"),
+        (Wish(nodes=2), "--nodes 2: several nodes need Slurm, and there is no sbatch on this machine"),
+        (Wish("local", nodes=2, dry_run=True), "--nodes 2: --cluster local runs on this machine alone"),
         (Wish("local", gpus_per_node=3), "shows 0 GPUs"),
         (Wish("local", gpus_per_node=1, processes_per_node=1), "give one"),
         (Wish("local", processes_per_node=0), "--processes-per-node must be at least 1"),

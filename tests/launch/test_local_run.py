@@ -21,6 +21,9 @@ from conftest import has_step, steps_logged, wait_for, write_config
 from safetensors import safe_open
 
 from dgt.config import load
+from dgt.training import trainer
+from dgt.training.checkpoint import CheckpointError, SaveError
+from dgt.training.state import Outcome
 from launch import checks, evaluate, export, runs, submit, train, weights
 
 
@@ -263,3 +266,52 @@ def test_rank_says_a_known_error_in_one_sentence_and_leaves_a_marker(
     assert marker is not None
     assert marker[0] == "failed"
     assert "steps.epochs" in marker[1]["reason"]
+
+
+@pytest.mark.usefixtures("as_program")
+@pytest.mark.parametrize(
+    ("error", "end"), [(SaveError("disk full"), None), (CheckpointError("none is whole"), "failed")]
+)
+def test_save_that_failed_may_be_retried_and_an_unreadable_checkpoint_not(
+    error: Exception, end: str | None, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def raises(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(trainer, "train", raises)
+    monkeypatch.setenv(runs.MARKER_VARIABLE, str(tmp_path / "jobs" / "j.0"))
+    assert train.main(["--config", str(config)]) == 2
+    assert capsys.readouterr().out.endswith(f"ERROR: {error}\n")
+    marker = runs.read_marker(str(tmp_path / "jobs" / "j.0"))
+    assert (marker and marker[0]) == end
+
+
+@pytest.mark.usefixtures("as_program")
+def test_rank_alone_says_in_one_sentence_that_there_are_too_few_samples(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(["--config", str(config), "steps.global_batch_size=4000"]) == 2
+    said = capsys.readouterr().out
+    assert "has 32 samples, fewer than one global batch of 4000" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.usefixtures("as_program")
+def test_rank_alone_does_not_join_an_active_slurm_job_but_is_one(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    runs.write_record(run, runs.JobRecord("slurm", "77", 1, 1, "command", "2026-01-01T00:00:00"))
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/sh\necho RUNNING\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(trainer, "train", lambda *_: Outcome("finished", 3))
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    assert train.main(["--config", str(config)]) == 2
+    assert "the run tiny is active: Slurm job 77 is RUNNING" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert train.main(["--config", str(config)]) == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from launch import layout, runs, submit
+from launch import checks, layout, runs, submit
 
 
 def section(text: str, title: str) -> str:
@@ -77,6 +77,12 @@ def test_wrong_settings_are_refused_in_one_sentence(config: Path, capsys: pytest
     assert "fewer than one global batch" in refusal(config, capsys, "data.synthetic.train_samples=7")
     assert "data_pipeline.prepare" in refusal(config, capsys, "data.backend=webdataset", "data.path=/nonexistent")
     assert "no folder name" in refusal(config, capsys, "--name", "a/b")
+    assert "data.augment.rand_augment: rand_augment 'rand-z1'" in refusal(
+        config, capsys, "data.augment.rand_augment=rand-z1"
+    )
+    assert "engine.activation_checkpointing: 'full' is for DGT models, and resnet18 is none" in refusal(
+        config, capsys, "model={name: resnet18, drop_path_rate: 0}", "engine.activation_checkpointing=full"
+    )
 
 
 def test_folder_of_another_run_and_one_that_cannot_be_written_are_refused(
@@ -109,9 +115,9 @@ def test_active_slurm_job_of_the_run_is_refused_and_an_ended_one_is_not(
     answers("echo 'Unable to contact slurm controller' >&2; exit 1")
     assert "Unable to contact" in refusal(config, capsys)
     answers("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
-    submit.refuse_active(run)
+    checks.not_active(run)
     answers("exit 0")
-    submit.refuse_active(run)
+    checks.not_active(run)
 
 
 def test_refusal_of_sbatch_is_passed_on(
