@@ -34,9 +34,9 @@ def would_repeat(error: Exception) -> bool:
     Storage that was full or away for a while may be there again.
     """
     from data_pipeline.shards.source import DamagedSampleError, DataError
-    from dgt.training.checkpoint import SaveError
+    from dgt.training.checkpoint import SaveError, UnreadableError
 
-    return not isinstance(error, (SaveError, DataError, DamagedSampleError))
+    return not isinstance(error, (SaveError, UnreadableError, DataError, DamagedSampleError))
 
 
 def network(config: Config) -> nn.Module:

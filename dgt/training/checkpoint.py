@@ -40,6 +40,10 @@ class DamagedError(CheckpointError):
     """A checkpoint is not what was saved: a file is missing, cut or changed."""
 
 
+class UnreadableError(CheckpointError):
+    """The disk does not answer, so that a checkpoint cannot be judged now; it may be whole."""
+
+
 class SaveError(CheckpointError):
     """A checkpoint that had to be written could not be; what was there before is untouched."""
 
@@ -201,8 +205,8 @@ def committed(folder: Path) -> list[Path]:
 def verify(path: Path) -> Checkpoint:
     """Reads the manifest and checks it and every file against it.
 
-    Raises DamagedError naming what is missing or changed, and CheckpointError where that cannot be told: the disk does
-    not answer, or another version wrote it.
+    Raises DamagedError naming what is missing or changed, UnreadableError where the disk does not answer, and
+    CheckpointError where another version wrote it.
     """
     manifest = read_manifest(path)
     for name, expected in manifest["files"].items():
@@ -212,7 +216,7 @@ def verify(path: Path) -> Checkpoint:
         except FileNotFoundError:
             raise DamagedError(f"{file}: is missing") from None
         except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read now: {error.strerror or error}") from None
+            raise UnreadableError(f"{file}: cannot be read now: {error.strerror or error}") from None
         if found["size"] != expected["size"]:
             raise DamagedError(f"{file}: {found['size']} bytes, the manifest says {expected['size']}")
         if found["sha256"] != expected["sha256"]:
@@ -229,7 +233,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DamagedError(f"{file}: is missing") from None
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read now: {error.strerror or error}") from None
+        raise UnreadableError(f"{file}: cannot be read now: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedError(f"{file}: is no manifest") from None
     if stated != digest(body):

@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from dgt.config import load
 from dgt.training import trainer
-from dgt.training.checkpoint import CheckpointError, SaveError
+from dgt.training.checkpoint import CheckpointError, SaveError, UnreadableError
 from dgt.training.state import Outcome
 from launch import checks, evaluate, export, runs, submit, train, weights
 
@@ -270,9 +270,10 @@ def test_rank_says_a_known_error_in_one_sentence_and_leaves_a_marker(
 
 @pytest.mark.usefixtures("as_program")
 @pytest.mark.parametrize(
-    ("error", "end"), [(SaveError("disk full"), None), (CheckpointError("none is whole"), "failed")]
+    ("error", "end"),
+    [(SaveError("disk full"), None), (UnreadableError("stale"), None), (CheckpointError("none is whole"), "failed")],
 )
-def test_save_that_failed_may_be_retried_and_an_unreadable_checkpoint_not(
+def test_trouble_with_the_disk_may_be_retried_and_damage_not(
     error: Exception, end: str | None, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
