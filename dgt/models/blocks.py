@@ -78,7 +78,7 @@ class IRFFN(nn.Module):
 class DGTBlock(nn.Module):
     """Conditional position embedding, DG-Attention and IRFFN, each with its shortcut.
 
-    The block is the unit of sharding, of compilation and of recomputation. Activation checkpointing happens inside
+    The block is the unit of sharding and of recomputation. Activation checkpointing happens inside
     `forward`, so that hooks and wrappers on the block stay outside of it.
 
     Args:
@@ -118,9 +118,14 @@ class DGTBlock(nn.Module):
     def _residual(self, x: Tensor, attn_scale: Tensor | None = None, ffn_scale: Tensor | None = None) -> Tensor:
         x = x + self.cpe(x)
         attn = self.attn(self.norm1(x))
-        x = x + (attn if attn_scale is None else attn * attn_scale)
+        x = x + _scaled(attn, attn_scale)
         ffn = self.ffn(self.norm2(x))
-        return x + (ffn if ffn_scale is None else ffn * ffn_scale)
+        return x + _scaled(ffn, ffn_scale)
 
     def extra_repr(self) -> str:
         return f"index={self.index}, drop_path={self.drop_path:.3f}, checkpointing={self.checkpointing}"
+
+
+def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
+    """The branch times its drop-path factor, in the branch's dtype."""
+    return branch if scale is None else (branch * scale).to(branch.dtype)

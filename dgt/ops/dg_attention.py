@@ -65,7 +65,7 @@ def dg_attention(
     q, k, v: (B, H, L, D), one float dtype and device, any strides. scale defaults to D ** -0.5.
     backend: `reference` (the definition, slow), `grouped`, or `auto`, which picks by size. `dense` attends to all keys
     whatever `top_k` says: the limit of the method and the yardstick for its speed, not the same function.
-    Returns (B, H, L, D) in the dtype of q (under autocast, in autocast's dtype).
+    Returns (B, H, L, D) in the dtype of q (under autocast, `grouped` and `dense` in autocast's dtype).
     Raises ValueError for wrong shapes, counts or backend names, TypeError for wrong dtypes.
     Source: Liu et al., "Dynamic Group Transformer", IJCAI 2022, arXiv 2203.03937.
     """

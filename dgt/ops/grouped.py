@@ -23,6 +23,9 @@ SMALLEST_TILE, LARGEST_TILE = 16, 128
 # near the cache and in memory that the allocator reuses. All heads at once took up to three times as long.
 CPU_CHUNK_ELEMENTS = 512 * 1024
 
+LARGEST_BATCH = 32768
+"""Heads that one call works on: a GPU's grid has room for 65535 in a dimension."""
+
 
 def tile_size(length: int, num_groups: int) -> int:
     """Queries per tile: half the mean group size, rounded down to a power of two, within 16..128."""
@@ -43,7 +46,7 @@ def _prefers_mask(length: int, num_groups: int, top_k: int) -> bool:
 def _chunks(q: Tensor, num_groups: int, top_k: int) -> Iterator[slice]:
     """Slices of the N heads of q (N, L, D) to work on at a time; no head's result depends on the slicing."""
     n, length, head_dim = q.shape
-    step = max(n, 1)
+    step = min(max(n, 1), LARGEST_BATCH)
     if q.device.type == "cpu":
         if _prefers_mask(length, num_groups, top_k):
             largest = length * length

@@ -15,16 +15,22 @@ from torch import Tensor
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Autocast off and, for float32 products, neither TF32 nor bfloat16 for the duration of the block."""
+    """Autocast off and, for float32 products, neither TF32 nor bfloat16 for the duration of the block.
+
+    torch keeps the precision of products for the whole process; it is touched only where somebody has lowered it.
+    """
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     matmul = getattr(backend, "matmul")  # noqa: B009, the type stubs do not know it
     allowed = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
+    lowered = allowed not in ("ieee", "none")
+    if lowered:
+        matmul.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        matmul.fp32_precision = allowed
+        if lowered:
+            matmul.fp32_precision = allowed
 
 
 def _rows(x: Tensor) -> Tensor:

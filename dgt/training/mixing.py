@@ -126,4 +126,4 @@ def swap_neighbours(values: Tensor) -> Tensor:
 
 def per_sample(per_pair: np.ndarray, like: Tensor) -> Tensor:
     """(pairs,) float64 -> (2 * pairs,) float32 on the device of `like`."""
-    return torch.from_numpy(np.repeat(per_pair, 2).astype(np.float32)).to(like.device)
+    return torch.from_numpy(np.repeat(per_pair, 2).astype(np.float32)).to(like.device, non_blocking=True)

@@ -151,3 +151,11 @@ def test_forward_intermediates_takes_the_keys_too():
     x, keys = torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4])
     final, _ = model.forward_intermediates(x, sample_keys=keys)
     assert torch.equal(final, model.forward_features(x, keys))
+
+
+def test_a_bfloat16_branch_is_scaled_by_the_exact_factor() -> None:
+    keys = torch.arange(64)
+    x = torch.ones(64, 2, dtype=torch.bfloat16)
+    scale = drop_path_scale(x, 0.1, keys, 0)
+    assert scale.dtype == torch.float32
+    assert scale.max().item() == torch.tensor(1 / 0.9, dtype=torch.float32).item()

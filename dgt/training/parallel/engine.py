@@ -27,7 +27,9 @@ class EngineConfig:
     name: Literal["ddp", "fsdp"] = "ddp"
     """"ddp": every rank holds the whole network; "fsdp": each holds a shard of it (FSDP2, block by block)."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """"bf16": bfloat16 arithmetic, float32 weights, gradients reduced in float32; "fp32": float32 throughout."""
+    """"bf16": bfloat16 arithmetic, float32 weights, gradients reduced in float32; under ddp norms and sums of branches
+    stay float32 (autocast), under fsdp they are bfloat16 too. "fp32": float32, with torch's default of TF32 in a GPU's
+    convolutions."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What a block recomputes in the backward pass; the grouping is kept in any case, never recomputed."""
     threads: int = 0
