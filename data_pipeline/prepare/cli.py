@@ -17,12 +17,13 @@ from data_pipeline.prepare.make_shard import printable
 from data_pipeline.shards.source import DataError
 
 EXIT_DONE, EXIT_ERROR, EXIT_LEFT_OUT, EXIT_INTERRUPTED = 0, 1, 3, 130
-_SHOWN_LEFT_OUT = 20
+_SHOWN = 20
 
 _EPILOG = """\
 The output is OUT/SPLIT/shard-000000.tar ... (plain WebDataset tars: KEY.jpg and KEY.cls), an index beside each, and
 OUT/index.json, written last. The same input gives the same bytes. A run that was interrupted is continued by the same
-command: finished shards are verified and kept. A run on a finished output checks it and does nothing.
+command: finished shards are verified and kept. A run on a finished output checks names and sizes, and does nothing;
+`python -m data_pipeline.inspect` checks every byte.
 
 exit codes: 0 done; 1 error, nothing usable or unfinished; 2 wrong usage; 3 done, but some images could not be read and
 are left out (they are listed, and written to OUT/left_out.jsonl); 130 interrupted.
@@ -70,10 +71,8 @@ def _list_source(arguments: argparse.Namespace) -> Listing:
 
 
 def _print_summary(out: Path, listing: Listing, outcome: Outcome, seconds: float) -> None:
-    for entry in outcome.left_out[:_SHOWN_LEFT_OUT]:
-        print(f"left out: {printable(entry.path)}: {printable(entry.reason)}", file=sys.stderr)
-    if len(outcome.left_out) > _SHOWN_LEFT_OUT:
-        print(f"left out: {len(outcome.left_out) - _SHOWN_LEFT_OUT} more", file=sys.stderr)
+    _print_some("left out", [f"{printable(entry.path)}: {printable(entry.reason)}" for entry in outcome.left_out])
+    _print_some("passed over, being in no class folder", [printable(name) for name in listing.outside])
     if listing.ignored:
         kinds = ", ".join(f"{kind} ({count:,})" for kind, count in listing.ignored.items())
         print(f"passed over, being no images: {printable(kinds)}")
@@ -93,6 +92,13 @@ def _print_summary(out: Path, listing: Listing, outcome: Outcome, seconds: float
     if outcome.left_out:
         print(f"{len(outcome.left_out):,} images could not be read and are left out: see {out / LEFT_OUT_FILE}")
     print(f"look at it: python -m data_pipeline.inspect {out}")
+
+
+def _print_some(what: str, lines: list[str]) -> None:
+    for line in lines[:_SHOWN]:
+        print(f"{what}: {line}", file=sys.stderr)
+    if len(lines) > _SHOWN:
+        print(f"{what}: {len(lines) - _SHOWN} more", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ import functools
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from data_pipeline.prepare.listing import Item, Listing, hold_out, unique_keys
@@ -17,6 +18,21 @@ EXTENSIONS = ("jpg", "jpeg", "jpe", "png", "webp", "bmp", "ppm", "pgm", "tif", "
 _LOOKED_FOR = f"looked for .{', .'.join(EXTENSIONS)}"
 
 
+@dataclass
+class _PassedOver:
+    """What a tree holds beside the images of its classes, as it is met."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Files that are no images, by extension."""
+
+    outside: list[str] = field(default_factory=list)
+    """Images that lie beside the class folders, by path within the source."""
+
+    def note(self, name: str) -> None:
+        """Count a file that is no image."""
+        self.kinds[_extension(name) or "without extension"] += 1
+
+
 def list_image_folder(source: Path, splits: Sequence[str] | None, val_fraction: float | None) -> Listing:
     """List a tree of images.
 
@@ -24,28 +40,30 @@ def list_image_folder(source: Path, splits: Sequence[str] | None, val_fraction: 
     Without it, `source` holds one folder per split (`splits`, by default train and val) with one folder per class in
     each; the classes of the first split are the classes of the set, in the order of their names.
 
-    Raises DataError where folders are missing or empty, or where a later split has a class that the first has not.
+    Raises DataError where folders are missing or empty, where a link beside the class folders leads nowhere, or where
+    a later split has a class that the first has not.
     """
     if not source.is_dir():
         raise DataError(f"There is no folder {source}.")
-    ignored: Counter[str] = Counter()
+    passed_over = _PassedOver()
     if val_fraction is not None:
-        classes = _class_folders(source)
-        train, val = _held_out(_items(source, source, classes, ignored), val_fraction, source)
+        classes = _class_folders(source, source, passed_over)
+        train, val = _held_out(_items(source, source, classes, passed_over), val_fraction, source)
         options = {"val_fraction": str(val_fraction)}
-        return _listing(source, options, classes, {"train": train, "val": val}, ignored)
+        return _listing(source, options, classes, {"train": train, "val": val}, passed_over)
     names = list(splits) if splits else ["train", "val"]
     _require_splits(source, names, chosen=bool(splits))
-    classes = _class_folders(source / names[0])
+    by_split = {split: _class_folders(source, source / split, passed_over) for split in names}
+    classes = by_split[names[0]]
     found = {}
-    for split in names:
-        _require_known_classes(source / split, classes, source / names[0])
-        found[split] = _items(source, source / split, classes, ignored)
-    return _listing(source, {"splits": " ".join(names)}, classes, found, ignored)
+    for split, own_classes in by_split.items():
+        _require_known_classes(source / split, own_classes, classes, source / names[0])
+        found[split] = _items(source, source / split, classes, passed_over)
+    return _listing(source, {"splits": " ".join(names)}, classes, found, passed_over)
 
 
 def _listing(
-    source: Path, options: dict[str, str], classes: list[str], splits: dict[str, list[Item]], ignored: Counter[str]
+    source: Path, options: dict[str, str], classes: list[str], splits: dict[str, list[Item]], passed_over: _PassedOver
 ) -> Listing:
     first = next(iter(splits))
     for split, items in splits.items():
@@ -59,7 +77,8 @@ def _listing(
             f"({_LOOKED_FOR}). Delete the empty folder or add images."
         )
     read = functools.partial(read_file, source)
-    return Listing("imagefolder", options, tuple(classes), splits, read, dict(sorted(ignored.items())))
+    kinds = dict(sorted(passed_over.kinds.items()))
+    return Listing("imagefolder", options, tuple(classes), splits, read, kinds, tuple(passed_over.outside))
 
 
 def read_file(source: Path, name: str) -> bytes:
@@ -83,8 +102,8 @@ def _require_splits(source: Path, names: list[str], chosen: bool) -> None:
     )
 
 
-def _require_known_classes(folder: Path, classes: list[str], first: Path) -> None:
-    unknown = sorted(set(_class_folders(folder)) - set(classes))
+def _require_known_classes(folder: Path, own: list[str], classes: list[str], first: Path) -> None:
+    unknown = sorted(set(own) - set(classes))
     if unknown:
         raise DataError(f"{folder} has classes that {first} has not: {_some(unknown)}.")
 
@@ -93,8 +112,20 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _class_folders(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+def _class_folders(source: Path, folder: Path, passed_over: _PassedOver) -> list[str]:
+    """Names of the class folders in `folder`, sorted; what else lies there is noted."""
+    names = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            names.append(entry.name)
+        elif not entry.exists():
+            raise DataError(f"{entry} is a link that leads nowhere, in place of a class folder; repair or delete it.")
+        elif _is_image(entry.name):
+            passed_over.outside.append(os.path.relpath(entry, source))
+        else:
+            passed_over.note(entry.name)
     if not names:
         raise DataError(f"{folder} is empty: it should hold one folder of images per class.")
     for name in names:
@@ -103,12 +134,12 @@ def _class_folders(folder: Path) -> list[str]:
     return names
 
 
-def _items(source: Path, folder: Path, classes: list[str], ignored: Counter[str]) -> list[Item]:
+def _items(source: Path, folder: Path, classes: list[str], passed_over: _PassedOver) -> list[Item]:
     """All images below the class folders that are there, sorted by path."""
     found: list[tuple[str, int, int, float]] = []
     for label, name in enumerate(classes):
         if (folder / name).is_dir():
-            for entry in sorted(_walk(folder / name, ignored), key=lambda entry: entry.path):
+            for entry in sorted(_walk(folder / name, passed_over), key=lambda entry: entry.path):
                 size, modified = _size_and_time(entry)
                 found.append((os.path.relpath(entry.path, source), label, size, modified))
     prefix = os.path.relpath(folder, source) + os.sep if folder != source else ""
@@ -116,7 +147,7 @@ def _items(source: Path, folder: Path, classes: list[str], ignored: Counter[str]
     return [Item(key, *entry) for key, entry in zip(keys, found, strict=True)]
 
 
-def _walk(folder: Path, ignored: Counter[str]) -> Iterator[os.DirEntry[str]]:
+def _walk(folder: Path, passed_over: _PassedOver) -> Iterator[os.DirEntry[str]]:
     """Image files at any depth. Links are followed; a folder that was visited already (a link in a circle) is not."""
     pending, visited = [str(folder)], set()
     while pending:
@@ -126,16 +157,24 @@ def _walk(folder: Path, ignored: Counter[str]) -> Iterator[os.DirEntry[str]]:
             continue
         visited.add((status.st_dev, status.st_ino))
         with os.scandir(path) as entries:
-            for entry in entries:
-                extension = os.path.splitext(entry.name)[1].lower()
-                if entry.name.startswith("."):
-                    ignored["hidden"] += 1
-                elif entry.is_dir():
-                    pending.append(entry.path)
-                elif extension.removeprefix(".") in EXTENSIONS and (entry.is_file() or not os.path.exists(entry.path)):
-                    yield entry  # a link that leads nowhere too: reading it fails later, and is reported then
-                else:
-                    ignored[extension or "without extension"] += 1
+            found = sorted(entries, key=lambda entry: entry.name)  # which of two links to a folder counts is settled so
+        for entry in found:
+            if entry.name.startswith("."):
+                passed_over.kinds["hidden"] += 1
+            elif entry.is_dir():
+                pending.append(entry.path)
+            elif _is_image(entry.name) and (entry.is_file() or not os.path.exists(entry.path)):
+                yield entry  # a link that leads nowhere too: reading it fails later, and is reported then
+            else:
+                passed_over.note(entry.name)
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _is_image(name: str) -> bool:
+    return _extension(name).removeprefix(".") in EXTENSIONS
 
 
 def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, float]:

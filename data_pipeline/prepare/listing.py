@@ -51,6 +51,9 @@ class Listing:
     ignored: dict[str, int] = field(default_factory=dict)
     """How many files of which kind were passed over because they are no images."""
 
+    outside: tuple[str, ...] = ()
+    """Names of images that were passed over because they are in no class folder."""
+
 
 @dataclass(frozen=True)
 class ShardSize:

@@ -232,6 +232,58 @@ def test_other_files_are_counted_and_named_not_taken_for_images(
     assert set_index.load(tmp_path / "out").splits["train"].total == 2
 
 
+def test_files_beside_the_class_folders_are_counted_and_images_among_them_named(
+    tmp_path: Path, image_tree, image_file, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = image_tree(tmp_path / "source", {"train": {"cat": 2}, "val": {"cat": 1}})
+    (source / "train" / "stray.jpg").write_bytes(image_file(7))
+    (source / "train" / "labels.csv").write_text("x")
+    (source / "val" / "labels.csv").write_text("x")
+    (source / "val" / ".hidden").write_text("x")
+    assert _prepare(source, tmp_path / "out") == 0
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == "passed over, being in no class folder: train/stray.jpg"
+    assert "passed over, being no images: .csv (2)\n" in printed.out
+    assert _keys(tmp_path / "out", "train") == {"cat/0000": 0, "cat/0001": 0}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_link_that_leads_nowhere_is_an_error(
+    tmp_path: Path, image_tree, capsys: pytest.CaptureFixture[str], split: str
+) -> None:
+    source = image_tree(tmp_path / "source", {"train": {"cat": 2}, "val": {"cat": 1}})
+    (source / split / "dog").symlink_to(tmp_path / "nowhere")
+    assert _prepare(source, tmp_path / "out") == 1
+    assert f"{source / split / 'dog'} is a link that leads nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_links_to_one_folder_give_the_same_keys_in_whatever_order_a_disk_names_them(
+    tmp_path: Path, image_tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import contextlib
+
+    from data_pipeline.prepare.imagefolder import list_image_folder
+
+    source = image_tree(tmp_path / "source", {"train": {"cat": 1}, "val": {"cat": 1}, "more": {"": 2}})
+    for name in ("one", "two"):
+        (source / "train" / "cat" / name).symlink_to(source / "more")
+    scandir, keys = os.scandir, []
+    for backwards in (False, True):
+
+        @contextlib.contextmanager
+        def ordered(path, backwards=backwards):
+            with scandir(path) as entries:
+                yield iter(sorted(entries, key=lambda entry: entry.name, reverse=backwards))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", ordered)
+            listing = list_image_folder(source, None, None)
+        keys.append([item.key for item in listing.splits["train"]])
+    assert keys[0] == keys[1]
+    assert len(keys[0]) == 3
+
+
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP"])
 def test_other_formats_pass_through_untouched_under_their_extension(
     tmp_path: Path, image_tree, image_file, kind: str
