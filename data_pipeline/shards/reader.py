@@ -55,12 +55,17 @@ def check_files(folder: Path, split: SplitIndex) -> None:
 
 
 def file_problems(folder: Path, split: SplitIndex) -> list[tuple[str, str]]:
-    """(file name, what is wrong) of every shard or index in `folder` that is missing or has another size."""
+    """(file name, what is wrong) of every shard or index in `folder` that is missing or has another size.
+
+    Raises DataError where the folder cannot be looked into.
+    """
     try:
         with os.scandir(folder) as entries:
             sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
     except FileNotFoundError:
         sizes = {}
+    except OSError as error:
+        raise DataError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
     problems = []
     for name, tar_bytes, index_bytes in zip(split.names, split.tar_bytes, split.index_bytes, strict=True):
         for file_name, expected in ((name, tar_bytes), (_index_name(name), index_bytes)):

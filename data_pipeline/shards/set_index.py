@@ -101,6 +101,8 @@ def load(folder: Path) -> SetIndex:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(_why_missing(folder)) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{path} is damaged: {error}. {_REMEDY}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

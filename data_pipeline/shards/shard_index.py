@@ -123,6 +123,8 @@ def load(path: Path) -> ShardIndex:
         return _unpack(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{path} cannot be used: {error}") from error
 

@@ -133,6 +133,21 @@ def test_opening_what_is_no_prepared_folder_says_what_it_is(shard_folder: Path, 
         open_source(_config(shard_folder, 10), "train")
 
 
+def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder_are_data_errors(copy: Path) -> None:
+    with pytest.raises(DataError, match=r"train/shard-000000\.tar/index\.json cannot be read: Not a directory"):
+        open_source(_config(copy / "train" / "shard-000000.tar"), "train")
+    shutil.rmtree(copy / "train")
+    (copy / "train").write_bytes(b"")
+    with pytest.raises(DataError, match="copy/train cannot be read: Not a directory"):
+        open_source(_config(copy), "train")
+    (copy / "index.json").unlink()
+    (copy / "index.json").mkdir()
+    with pytest.raises(DataError, match=r"copy/index\.json cannot be read: Is a directory"):
+        open_source(_config(copy), "val")
+    with pytest.raises(DataError, match="copy/val cannot be read: Is a directory"):
+        shard_index.load(copy / "val")
+
+
 def test_a_flipped_byte_in_an_image_is_noticed_with_shard_and_key(copy: Path, shard_folder: Path) -> None:
     index = shard_index.load(copy / "train" / "shard-000001.idx")
     record = index.records[2]
