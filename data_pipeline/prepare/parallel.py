@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -11,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import Synchronized
-from multiprocessing.synchronize import Event
 
 from data_pipeline.prepare.make_shard import ShardJob, ShardResult, make_shard
 from data_pipeline.progress import progress_bar
@@ -21,7 +21,7 @@ _REFRESH_SECONDS = 0.2
 
 # In a worker: how many images all of them have done, and whether to give up.
 _images_done: Synchronized[int]
-_cancelled: Event
+_cancelled: ctypes.c_bool
 
 
 def run_jobs(jobs: list[ShardJob], processes: int) -> list[ShardResult]:
@@ -35,14 +35,15 @@ def run_jobs(jobs: list[ShardJob], processes: int) -> list[ShardResult]:
 
 def _run_in_pool(jobs: list[ShardJob], processes: int, update: Callable[[int], None]) -> list[ShardResult]:
     context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks in whatever state they are
-    counter, cancelled = context.Value("q", 0), context.Event()
+    # This process takes no lock that a worker takes: one that is killed while it holds a lock never gives it back.
+    counter, cancelled = context.Value("q", 0), context.RawValue(ctypes.c_bool, False)
     pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(counter, cancelled))
     try:
         futures = [pool.submit(_make_shard_in_worker, job) for job in jobs]
         shown, running = 0, True
         while running:
             running = _still_running(futures)
-            done = counter.value
+            done = counter.get_obj().value
             update(done - shown)
             shown = done
         return [future.result() for future in futures]
@@ -52,7 +53,7 @@ def _run_in_pool(jobs: list[ShardJob], processes: int, update: Callable[[int], N
             "finished shards are kept."
         ) from error
     finally:
-        cancelled.set()
+        cancelled.value = True
         pool.shutdown(cancel_futures=True)
 
 
@@ -64,7 +65,7 @@ def _still_running(futures: list[Future[ShardResult]]) -> bool:
     return bool(running)
 
 
-def _start_worker(counter: Synchronized[int], cancelled: Event) -> None:
+def _start_worker(counter: Synchronized[int], cancelled: ctypes.c_bool) -> None:
     global _images_done, _cancelled
     _images_done, _cancelled = counter, cancelled
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends this one
@@ -84,7 +85,7 @@ def _make_shard_in_worker(job: ShardJob) -> ShardResult:
 
 
 def _count(images: int) -> None:
-    if _cancelled.is_set():
+    if _cancelled.value:
         raise DataError("cancelled")  # nobody waits for the result any more
     with _images_done.get_lock():
         _images_done.value += images

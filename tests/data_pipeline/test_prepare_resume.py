@@ -36,6 +36,38 @@ if __name__ == "__main__":
 """
 
 
+# One worker takes the lock of the progress counter and waits; the program kills it when it next shows its progress.
+LOCKED = """
+import contextlib, dataclasses, functools, os, signal, sys
+from pathlib import Path
+from data_pipeline.prepare import cli, parallel
+from data_pipeline.prepare.imagefolder import list_image_folder
+
+NOTE = Path(__file__).with_suffix(".pid")
+
+def read(real, fatal, name):
+    if name == fatal:
+        parallel._images_done.get_lock().acquire()
+        NOTE.with_suffix(".new").write_text(str(os.getpid()))
+        NOTE.with_suffix(".new").rename(NOTE)
+        signal.pause()
+    return real(name)
+
+def listing(arguments):
+    found = list_image_folder(arguments.src, arguments.splits, arguments.val_fraction)
+    return dataclasses.replace(found, read=functools.partial(read, found.read, FATAL))
+
+def update(images):
+    if NOTE.exists():
+        os.kill(int(NOTE.read_text()), signal.SIGKILL)
+
+if __name__ == "__main__":
+    cli._list_source = listing
+    parallel.progress_bar = lambda what, total: contextlib.nullcontext(update)
+    sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 def _contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -47,10 +79,17 @@ def _images_of(shard: Path) -> list[str]:
 
 
 def _run_until(tmp_path: Path, arguments: list[str], fatal: str, kind: signal.Signals) -> tuple[int, str]:
+    return _run(tmp_path, PROGRAM.replace("FATAL", repr(fatal)).replace("SIGNAL", f"signal.{kind.name}"), arguments)
+
+
+def _run(tmp_path: Path, text: str, arguments: list[str]) -> tuple[int, str]:
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM.replace("FATAL", repr(fatal)).replace("SIGNAL", f"signal.{kind.name}"))
+    program.write_text(text)
     process = subprocess.Popen([sys.executable, str(program), *arguments], stderr=subprocess.PIPE, text=True)
-    _, error = process.communicate(timeout=120)  # ends only when the workers, who share the pipe, have ended too
+    try:
+        _, error = process.communicate(timeout=60)  # ends only when the workers, who share the pipe, have ended too
+    finally:
+        process.kill()
     return process.returncode, error
 
 
@@ -75,6 +114,19 @@ def test_a_killed_run_is_continued_with_its_finished_shards_kept(
     assert f"{6 - len(finished)} shards written, {len(finished)} kept" in capsys.readouterr().out
     for path, status in finished.items():
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == (status.st_ino, status.st_mtime_ns)
+    assert _contents(out) == _contents(shard_folder)
+
+
+def test_a_worker_killed_while_it_holds_the_counter_s_lock_ends_the_run_and_does_not_hang_it(
+    shard_folder: Path, shard_source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["imagefolder", "--src", str(shard_source), "--out", str(out), "--shard-size", "6", "--jobs", "2"]
+    fatal = _images_of(shard_folder / "train" / "shard-000001.tar")[2]
+    code, error = _run(tmp_path, LOCKED.replace("FATAL", repr(fatal)), arguments)
+    assert code == 1
+    assert "error: A worker process died" in error
+    assert main(arguments) == 0
     assert _contents(out) == _contents(shard_folder)
 
 
