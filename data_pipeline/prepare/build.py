@@ -68,7 +68,7 @@ def build(listing: Listing, out: Path, options: BuildOptions) -> Outcome:
 
 
 def _build_locked(listing: Listing, out: Path, options: BuildOptions) -> Outcome:
-    finished = (out / set_index.FILE_NAME).exists()
+    finished = _finished_index(out, listing)
     plan = _plan(listing, out, options, finished)
     jobs = [job for split in plan.values() for job in split]
     for split in plan:
@@ -92,16 +92,32 @@ def _build_locked(listing: Listing, out: Path, options: BuildOptions) -> Outcome
     _write_if_changed(out / LEFT_OUT_FILE, b"".join(_report_line(entry) for entry in left_out))
     _write_if_changed(out / set_index.FILE_NAME, set_index.to_bytes(index))
     kept = sum(result.kept for result in done)
-    return Outcome(index, left_out, len(done) - kept, kept, was_finished=finished and kept == len(done))
+    return Outcome(index, left_out, len(done) - kept, kept, was_finished=finished is not None and kept == len(done))
 
 
-def _plan(listing: Listing, out: Path, options: BuildOptions, finished: bool) -> dict[str, list[ShardJob]]:
+def _finished_index(out: Path, listing: Listing) -> SetIndex | None:
+    """The index of a finished output; where it is missing, damaged or another set's, nothing is taken for finished."""
+    try:
+        index = set_index.load(out)
+    except DataError:
+        return None
+    return index if index.splits.keys() == listing.splits.keys() else None
+
+
+def _plan(listing: Listing, out: Path, options: BuildOptions, finished: SetIndex | None) -> dict[str, list[ShardJob]]:
+    """The shards of every split; raises DataError where a finished output has more or fewer of them."""
     plan = {}
     for split, items in listing.splits.items():
         shards = cut_into_shards(mixed(items), options.shard_size)
+        digests = finished.splits[split].sha256 if finished else (None,) * len(shards)
+        if len(digests) != len(shards):  # the images' sizes decide on it
+            raise DataError(
+                f"The source of {out} has changed since that was finished ({len(shards)} shards for '{split}' instead "
+                f"of {len(digests)}). Prepare it into another folder, or delete that one first."
+            )
         plan[split] = [
-            ShardJob(out / split / f"shard-{number:06d}.tar", shard, listing.read, finished, options.stop_on_error)
-            for number, shard in enumerate(shards)
+            ShardJob(out / split / f"shard-{number:06d}.tar", shard, listing.read, sha256, options.stop_on_error)
+            for number, (shard, sha256) in enumerate(zip(shards, digests, strict=True))
         ]
     return plan
 

@@ -15,7 +15,7 @@ from data_pipeline.shards import shard_index
 from data_pipeline.shards.files import sha256_of_file
 from data_pipeline.shards.shard_index import ShardIndex
 from data_pipeline.shards.source import DataError
-from data_pipeline.shards.writer import EncodedSample, WrittenShard, write_shard
+from data_pipeline.shards.writer import EncodedSample, OtherContentError, WrittenShard, write_shard
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -30,8 +30,8 @@ class ShardJob:
     items: list[Item]
     read: Callable[[str], bytes]
 
-    finished_set: bool
-    """The data set was finished before: its source must not have changed, and intact files need no second checksum."""
+    finished_sha256: str | None
+    """Of the tar, where the data set was finished before: the shard must be that one, and the source unchanged."""
 
     stop_on_error: bool
     """An unreadable image is an error instead of being left out."""
@@ -102,7 +102,9 @@ def make_shard(job: ShardJob, advance: Callable[[int], None]) -> ShardResult:
         return kept
     reading = _Reading(job, advance)
     try:
-        shard = write_shard(job.path, reading.samples())
+        shard = write_shard(job.path, reading.samples(), job.finished_sha256)
+    except OtherContentError as error:
+        raise _source_changed(job) from error
     except OSError as error:
         raise DataError(_why_not_written(job.path, error)) from error
     return ShardResult(shard, reading.left_out, kept=False)
@@ -116,20 +118,24 @@ def _kept_shard(job: ShardJob) -> ShardResult | None:
     except (DataError, FileNotFoundError):
         return None
     header = index.header
-    if status.st_size != header.tar_bytes:
+    if status.st_size != header.tar_bytes or job.finished_sha256 not in (None, header.tar_sha256.hex()):
         return None
     reading = _Reading(job, lambda count: None)
     if not _same_source(reading, index, written=status.st_mtime):
-        if job.finished_set:
-            raise DataError(
-                f"The source of {job.path.parent.parent} has changed since that was finished (images of "
-                f"{job.path.name}). Prepare it into another folder, or delete that one first."
-            )
+        if job.finished_sha256:
+            raise _source_changed(job)
         return None
-    if not job.finished_set and sha256_of_file(job.path) != header.tar_sha256:
+    if not job.finished_sha256 and sha256_of_file(job.path) != header.tar_sha256:
         return None
     written = WrittenShard(header.samples, header.tar_bytes, header.file_bytes, header.tar_sha256.hex())
     return ShardResult(written, reading.left_out, kept=True)
+
+
+def _source_changed(job: ShardJob) -> DataError:
+    return DataError(
+        f"The source of {job.path.parent.parent} has changed since that was finished (images of {job.path.parent.name}/"
+        f"{job.path.name}). Prepare it into another folder, or delete that one first."
+    )
 
 
 def _same_source(reading: _Reading, index: ShardIndex, written: float) -> bool:

@@ -21,6 +21,10 @@ _NAME_BYTES = 100
 _LARGEST_OCTAL = 8**11
 
 
+class OtherContentError(Exception):
+    """A shard would not get the content that it must have."""
+
+
 @dataclass(frozen=True)
 class EncodedSample:
     """A sample as it goes into a tar: KEY.EXTENSION with the image file's bytes, KEY.cls with the label in decimal."""
@@ -49,10 +53,11 @@ class WrittenShard:
     sha256: str
 
 
-def write_shard(path: Path, samples: Iterable[EncodedSample]) -> WrittenShard:
+def write_shard(path: Path, samples: Iterable[EncodedSample], sha256: str | None = None) -> WrittenShard:
     """Write the tar `path` and, after it, its index; each appears whole or not at all.
 
-    Raises OSError where writing fails, ValueError for a key with a dot or a repeated one.
+    Raises OSError where writing fails, ValueError for a key with a dot or a repeated one, and OtherContentError where
+    the tar's SHA-256 would not be `sha256`; whatever was at `path` then stays.
     """
     keys: list[str] = []
     rows: list[tuple[int, ...]] = []
@@ -73,6 +78,8 @@ def write_shard(path: Path, samples: Iterable[EncodedSample]) -> WrittenShard:
         position += len(end)
         if len(set(keys)) != len(keys):
             raise ValueError(f"{path}: a key occurs twice")
+        if sha256 not in (None, digest.hexdigest()):
+            raise OtherContentError(f"{path} would have the SHA-256 {digest.hexdigest()}, not {sha256}")
     packed = shard_index.pack(np.array(rows, dtype=shard_index.RECORD), keys, position, digest.digest())
     with atomic_write(path.with_suffix(shard_index.SUFFIX)) as file:
         file.write(packed)

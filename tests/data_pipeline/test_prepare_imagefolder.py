@@ -109,6 +109,47 @@ def test_another_or_a_changed_source_is_refused_and_a_copied_one_is_not(
     assert _contents(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("damaged", ["tar", "idx"])
+def test_a_shard_of_a_finished_output_is_not_rebuilt_from_a_changed_source(
+    shard_source: Path, tmp_path: Path, image_tree, capsys: pytest.CaptureFixture[str], damaged: str
+) -> None:
+    source = image_tree(tmp_path / "source", {"train": {"cat": 3}, "val": {"cat": 2}})
+    assert _prepare(source, tmp_path / "out") == 0
+    (tmp_path / "out" / "train" / f"shard-000000.{damaged}").unlink()
+    before = _contents(tmp_path / "out")
+    victim = source / "train" / "cat" / "0001.jpg"
+    original = victim.read_bytes()
+    victim.write_bytes((source / "train" / "cat" / "0002.jpg").read_bytes())
+    assert _prepare(source, tmp_path / "out") == 1
+    assert "has changed since that was finished (images of train/shard-000000.tar)" in capsys.readouterr().err
+    assert _contents(tmp_path / "out") == before
+    victim.write_bytes(original)
+    assert _prepare(source, tmp_path / "out") == 0
+    assert "1 shards written, 1 kept" in capsys.readouterr().out
+    assert {name: content for name, content in _contents(tmp_path / "out").items() if name in before} == before
+
+
+def test_other_shards_than_those_of_a_finished_output_are_refused(
+    tmp_path: Path, image_tree, image_file, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = image_tree(tmp_path / "source", {"train": {"cat": 3}, "val": {"cat": 2}})
+    assert _prepare(source, tmp_path / "out", "--shard-size", "10KB") == 0
+    before = _contents(tmp_path / "out")
+    for number in range(3):
+        (source / "train" / "cat" / f"{number:04d}.jpg").write_bytes(image_file(number, 400, 400, "BMP"))
+    assert _prepare(source, tmp_path / "out", "--shard-size", "10KB") == 1
+    assert "(3 shards for 'train' instead of 1)" in capsys.readouterr().err
+    assert _contents(tmp_path / "out") == before
+
+
+def test_a_damaged_index_is_written_again_from_the_shards(shard_source: Path, tmp_path: Path) -> None:
+    assert _prepare(shard_source, tmp_path / "out") == 0
+    before = _contents(tmp_path / "out")
+    (tmp_path / "out" / "index.json").write_bytes(before["index.json"][:-40])
+    assert _prepare(shard_source, tmp_path / "out") == 0
+    assert _contents(tmp_path / "out") == before
+
+
 def test_a_folder_with_strangers_in_it_is_not_written_into(
     shard_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
