@@ -34,9 +34,9 @@ def decode_image(image: bytes | Image) -> Image:
     """Decode an image file to RGB, uint8 (H, W, 3), as a viewer would show it.
 
     JPEG goes through simplejpeg (libjpeg-turbo) with the fast DCT and fast chroma upsampling, or through Pillow where
-    simplejpeg is not installed; what simplejpeg cannot convert to RGB (CMYK) and every other format goes through
-    Pillow. Grayscale and palette images become RGB, transparency is dropped, and a rotation noted in EXIF is applied.
-    An array is taken as decoded pixels and returned as it is.
+    simplejpeg is not installed; CMYK that simplejpeg can check but not convert to RGB, and every other format, goes
+    through Pillow. Grayscale and palette images become RGB, transparency is dropped, and a rotation noted in EXIF is
+    applied. An array is taken as decoded pixels and returned as it is.
 
     Raises DecodeError for damaged or unknown data. With simplejpeg, any oddity that libjpeg reports counts as damage;
     Pillow alone reports less: it notices a cut-off file, but not every changed byte.
@@ -64,9 +64,9 @@ def _decode_jpeg(simplejpeg: ModuleType, data: bytes) -> Image:
     try:
         pixels: Image = simplejpeg.decode_jpeg(data, "RGB", fastdct=True, fastupsample=True, strict=True)
     except ValueError as error:
-        if _is_cmyk(simplejpeg, data):
-            return _decode_with_pillow(data)
-        raise DecodeError(f"damaged JPEG: {error}") from error
+        if not _is_cmyk(simplejpeg, data):
+            raise DecodeError(f"damaged JPEG: {error}") from error
+        return _decode_cmyk(simplejpeg, data)
     orientation = _exif_orientation(data)
     return pixels if orientation == 1 else _turn_upright(pixels, orientation)
 
@@ -76,6 +76,14 @@ def _is_cmyk(simplejpeg: ModuleType, data: bytes) -> bool:
         return str(simplejpeg.decode_jpeg_header(data)[2]).upper() in ("CMYK", "YCCK")
     except ValueError:
         return False
+
+
+def _decode_cmyk(simplejpeg: ModuleType, data: bytes) -> Image:
+    try:  # only for its complaints: Pillow can always make RGB of these colours, but keeps libjpeg's warnings quiet
+        simplejpeg.decode_jpeg(data, "CMYK", strict=True)
+    except ValueError as error:
+        raise DecodeError(f"damaged JPEG: {error}") from error
+    return _decode_with_pillow(data)
 
 
 def _decode_with_pillow(data: bytes) -> Image:

@@ -117,6 +117,27 @@ def test_jpeg_with_zeroed_data_before_the_end_marker_is_refused() -> None:
         decode_image(data[:third] + bytes(len(data) - third - 2) + data[-2:])
 
 
+def as_ycck(cmyk: bytes) -> bytes:
+    """The same JPEG with its colours declared as YCCK, in the last byte of Adobe's segment."""
+    data = bytearray(cmyk)
+    data[data.index(b"Adobe") + 11] = 2
+    return bytes(data)
+
+
+@pytest.mark.parametrize("ycck", [False, True])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_cmyk_jpeg_is_served_when_sound_and_refused_when_zeroed(ycck: bool, options: dict[str, object]) -> None:
+    pytest.importorskip("simplejpeg")
+    data = encode(mode="CMYK", **options)
+    data = as_ycck(data) if ycck else data
+    assert np.abs(decode_image(data) - by_pillow(data)).max() <= FAST_DECODE_ERROR
+    kept = len(data) * 6 // 10
+    damaged = data[:kept] + bytes(len(data) - kept - 2) + data[-2:]
+    assert by_pillow(damaged).shape == (75, 101, 3)  # Pillow alone sees nothing wrong
+    with pytest.raises(DecodeError, match="damaged JPEG: Corrupt JPEG data"):
+        decode_image(damaged)
+
+
 @pytest.mark.parametrize("mode", ["CMYK", "L"])
 def test_truncated_jpeg_of_other_colour_spaces_is_refused(decoder: str, mode: str) -> None:
     data = encode(mode=mode)
