@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -18,9 +19,9 @@ TEMPORARY_PREFIX = ".unfinished-"
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that takes the name `path`, flushed to the disk, when the block ends without an error.
 
-    The temporary name carries the process's number, so that two processes never write into one file.
+    The temporary name carries the host and the process's number, so that two processes never write into one file.
     """
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{socket.gethostname()}-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             yield file
