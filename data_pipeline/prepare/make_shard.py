@@ -139,7 +139,12 @@ def _source_changed(job: ShardJob) -> DataError:
 
 
 def _same_source(reading: _Reading, index: ShardIndex, written: float) -> bool:
-    """Whether the shard holds the job's images. Files changed after the shard was `written` are compared by content."""
+    """Whether the shard holds the job's images.
+
+    In a finished set, files changed after the shard was `written` are compared by content. In one that is not, all are:
+    a file copied with its old time is no older for that, and no index would give the difference away later.
+    """
+    compare_all = reading.job.finished_sha256 is None
     rows = {key: row for row, key in enumerate(index.keys)}
     for item in reading.job.items:
         row = rows.pop(item.key, None)
@@ -150,7 +155,7 @@ def _same_source(reading: _Reading, index: ShardIndex, written: float) -> bool:
         record = index.records[row]
         if (record["label"], record["size"]) != (item.label, item.size):
             return False
-        if item.modified > written and _checksum_now(reading.job, item) != record["crc32"]:
+        if (compare_all or item.modified > written) and _checksum_now(reading.job, item) != record["crc32"]:
             return False
     return not rows
 

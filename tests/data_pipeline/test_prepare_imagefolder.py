@@ -142,6 +142,25 @@ def test_other_shards_than_those_of_a_finished_output_are_refused(
     assert _contents(tmp_path / "out") == before
 
 
+def test_without_an_index_a_shard_whose_source_was_replaced_by_an_older_file_is_written_again(
+    tmp_path: Path, image_tree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = image_tree(tmp_path / "source", {"train": {"cat": 3}, "val": {"cat": 2}})
+    assert _prepare(source, tmp_path / "out") == 0
+    (tmp_path / "out" / "index.json").unlink()
+    victim = source / "train" / "cat" / "0001.jpg"
+    status, content = victim.stat(), bytearray(victim.read_bytes())
+    assert content.count(b"JFIF") == 1
+    content[content.index(b"JFIF") + 6] ^= 1  # the minor version: of the same size, and still an image
+    victim.write_bytes(content)
+    os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns))
+    capsys.readouterr()
+    assert _prepare(source, tmp_path / "out") == 0
+    assert "1 shards written, 1 kept" in capsys.readouterr().out
+    opened = open_source(DataConfig(path=str(tmp_path / "out"), num_classes=1), "train")
+    assert bytes(content) in [opened.read(index).image for index in range(3)]
+
+
 def test_a_damaged_index_is_written_again_from_the_shards(shard_source: Path, tmp_path: Path) -> None:
     assert _prepare(shard_source, tmp_path / "out") == 0
     before = _contents(tmp_path / "out")
