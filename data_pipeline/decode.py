@@ -35,11 +35,12 @@ def decode_image(image: bytes | Image) -> Image:
 
     JPEG goes through simplejpeg (libjpeg-turbo) with the fast DCT and fast chroma upsampling, or through Pillow where
     simplejpeg is not installed; CMYK that simplejpeg can check but not convert to RGB, and every other format, goes
-    through Pillow. Grayscale and palette images become RGB, transparency is dropped, and a rotation noted in EXIF is
-    applied. An array is taken as decoded pixels and returned as it is.
+    through Pillow. Grayscale and palette images become RGB, the upper 8 of 16 bits are kept, transparency is
+    dropped, and a rotation noted in EXIF is applied. An array is taken as decoded pixels and returned as it is.
 
-    Raises DecodeError for damaged or unknown data. With simplejpeg, any oddity that libjpeg reports counts as damage;
-    Pillow alone reports less: it notices a cut-off file, but not every changed byte.
+    Raises DecodeError for damaged or unknown data and for pixels of 32-bit integers or floats. With simplejpeg, any
+    oddity that libjpeg reports counts as damage; Pillow alone reports less: it notices a cut-off file, but not every
+    changed byte.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -92,7 +93,12 @@ def _decode_with_pillow(data: bytes) -> Image:
 
     try:
         with pil.open(io.BytesIO(data)) as opened:
+            if opened.mode in ("I", "F"):
+                raise DecodeError(f"pixels of mode {opened.mode} say nothing of where white lies: store 8 or 16 bits")
             upright = ImageOps.exif_transpose(opened)
+            if upright.mode.startswith("I;16"):  # Pillow would cut everything above 255 off
+                grey = (np.asarray(upright) >> 8).astype(np.uint8)
+                return np.stack([grey] * 3, axis=-1)
             return np.array(upright.convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, pil.DecompressionBombError) as error:
         raise DecodeError(f"damaged or unknown image: {error}") from error

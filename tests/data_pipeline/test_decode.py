@@ -71,6 +71,33 @@ def test_other_formats_decode_exactly(kind: str, mode: str) -> None:
     assert (decode_image(data) == by_pillow(data)).all()
 
 
+def encode_array(array: npt.NDArray[np.generic], kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "mode"), [("PNG", "<u2", "I;16"), ("TIFF", "<u2", "I;16"), ("TIFF", ">u2", "I;16B")]
+)
+def test_grey_of_16_bits_keeps_its_upper_8(kind: str, dtype: str, mode: str) -> None:
+    values = np.array([[0, 255, 256, 511], [0x1234, 0x8000, 0xFEFF, 0xFFFF]])
+    data = encode_array(values.astype(dtype), kind)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.mode == mode
+    pixels = decode_image(data)
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (2, 4, 3)
+    for channel in range(3):
+        assert pixels[:, :, channel].tolist() == [[0, 0, 1, 1], [0x12, 0x80, 0xFE, 0xFF]]
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(np.int32, "I"), (np.float32, "F")])
+def test_pixels_without_a_known_white_are_refused_by_mode(dtype: type[np.generic], mode: str) -> None:
+    with pytest.raises(DecodeError, match=f"pixels of mode {mode} "):
+        decode_image(encode_array(np.ones((2, 4), dtype), "TIFF"))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(decoder: str, orientation: int) -> None:
     exif = Image.Exif()
