@@ -43,10 +43,14 @@ def train_transform(config: DataConfig) -> Transform:
 
 
 def eval_transform(config: DataConfig) -> Transform:
-    """Short side resized to image_size / eval_crop_pct (rounded down), then the central square; nothing is random."""
+    """Short side resized to image_size / eval_crop_pct (rounded down), then the central square; nothing is random.
+
+    Of an image longer than four short sides only the middle is resized, so that memory does not grow with its length.
+    """
     short_side = math.floor(config.image_size / config.eval_crop_pct)
 
     def transform(image: Image, rng: np.random.Generator, out: Image) -> None:
+        image = _middle(image)
         height, width = image.shape[:2]
         scale = short_side / min(height, width)
         resized_height, resized_width = max(short_side, int(height * scale)), max(short_side, int(width * scale))
@@ -56,6 +60,14 @@ def eval_transform(config: DataConfig) -> Transform:
         out[...] = resized[top : top + out.shape[0], left : left + out.shape[1]]
 
     return transform
+
+
+def _middle(image: Image) -> Image:
+    """The image without what lies more than about two short sides from its centre, as a view."""
+    height, width = image.shape[:2]
+    # As much is cut at either end, so the centre stays; the square's neighbours within a filter's reach stay as well.
+    cut = max(0, max(height, width) - 4 * min(height, width)) // 2
+    return image[cut : height - cut] if height > width else image[:, cut : width - cut]
 
 
 def resize(image: Image, out: Image, interpolation: Interpolation) -> None:

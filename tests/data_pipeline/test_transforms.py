@@ -182,6 +182,59 @@ def test_evaluation_fills_the_square_from_any_shape(size: tuple[int, int]) -> No
     assert (out == 9).all()
 
 
+def centre_of_the_whole_resized(image: Pixels, short_side: int, size: int, interpolation: Interpolation) -> Pixels:
+    scale = short_side / min(image.shape[:2])
+    resized = np.zeros((*(max(short_side, int(side * scale)) for side in image.shape[:2]), 3), np.uint8)
+    resize(image, resized, interpolation)
+    top, left = (round((side - size) / 2) for side in resized.shape[:2])
+    return resized[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize("interpolation", ["antialias", "linear"])
+@pytest.mark.parametrize(
+    ("size", "difference"),
+    [
+        ((64, 64), 0),
+        ((80, 60), 0),
+        ((375, 500), 0),
+        ((500, 375), 0),
+        ((30, 120), 0),
+        ((30, 600), 1),
+        ((601, 30), 1),
+        ((90, 1111), 1),
+    ],
+)
+def test_evaluation_serves_the_centre_of_the_whole_resized_image(
+    size: tuple[int, int], difference: int, interpolation: Interpolation
+) -> None:
+    out = np.zeros((56, 56, 3), np.uint8)
+    config = DataConfig(image_size=56, augment=AugmentConfig(interpolation=interpolation))
+    eval_transform(config)(smooth(*size), SampleDraws(0, 0).of(0), out)
+    expected = centre_of_the_whole_resized(smooth(*size), 64, 56, interpolation)
+    assert np.abs(out.astype(int) - expected).mean() <= difference
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_evaluation_of_a_strip_resizes_its_middle_only(upright: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def noted(image: Pixels, out: Pixels, interpolation: Interpolation) -> None:
+        shapes.append((image.shape, out.shape))
+        resize(image, out, interpolation)
+
+    monkeypatch.setattr(transforms, "resize", noted)
+    strip = np.zeros((2, 6000, 3), np.uint8)
+    strip[:, 2999], strip[:, 3000] = 40, 200  # the two columns on either side of the centre
+    out = np.zeros((224, 224, 3), np.uint8)
+    eval_transform(DataConfig())(strip.transpose(1, 0, 2) if upright else strip, SampleDraws(0, 0).of(0), out)
+    assert shapes == [((8, 2, 3), (1024, 256, 3)) if upright else ((2, 8, 3), (256, 1024, 3))]
+    # Each source column is 128 wide; between the centres of two columns (48 and 176 here) the brightness is linear.
+    places = np.arange(224) + 0.5
+    expected = np.interp(places, [48 - 128, 48, 176, 176 + 128], [0, 40, 200, 0])
+    lines = out if not upright else out.transpose(1, 0, 2)
+    assert np.abs(lines - expected[:, None]).max() <= 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_normalize_computes_each_channel_and_gives_channels_last(dtype: torch.dtype) -> None:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
