@@ -134,8 +134,8 @@ def _print_verdict(folder: Path, damages: list[Damage], verify: bool) -> int:
         print(f"damaged: {damage}", file=sys.stderr)
     shards = len({damage.shard for damage in damages})
     print(
-        f"places that are damaged: {len(damages):,}, files: {shards:,}. Delete the damaged shards and run the prepare command that "
-        f"made {folder} again (it rebuilds only what is missing), or copy them anew.",
+        f"places that are damaged: {len(damages):,}, files: {shards:,}. Delete the damaged shards and run the prepare "
+        f"command that made {folder} again (it rebuilds only what is missing), or copy them anew.",
         file=sys.stderr,
     )
     return 1

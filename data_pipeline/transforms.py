@@ -115,11 +115,20 @@ def normalize(
     if images.dtype != torch.uint8:
         raise TypeError(f"normalize takes uint8 images, not {images.dtype}")
     precise = torch.promote_types(dtype, torch.float32)
+    scale, shift = _affine(tuple(mean), tuple(std), images.device, precise)
+    pixels = images.to(precise)  # (n, H, W, 3) in memory, which is what channels_last means for (n, 3, H, W)
+    pixels.mul_(scale).sub_(shift)
+    return pixels.to(dtype).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(maxsize=16)
+def _affine(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factor and offset per channel, kept on the device: a copy from the host per batch would wait for the GPU."""
     scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
     shift = torch.tensor(mean, dtype=torch.float64) * 255 * scale
-    pixels = images.to(precise)  # (n, H, W, 3) in memory, which is what channels_last means for (n, 3, H, W)
-    pixels.mul_(scale.to(images.device, precise)).sub_(shift.to(images.device, precise))
-    return pixels.to(dtype).permute(0, 3, 1, 2)
+    return scale.to(device, dtype), shift.to(device, dtype)
 
 
 @functools.cache
