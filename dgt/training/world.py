@@ -15,6 +15,9 @@ import torch.distributed as dist
 
 Result = TypeVar("Result")
 
+_left: list[Any] = []
+"""Groups of worlds that were left, kept until the process ends."""
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -102,6 +105,9 @@ def joined() -> Iterator[World]:
     try:
         yield World(rank, size, device, dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
     finally:
+        # DDP's reducer holds the group, too. If it were the last to let go, it would wait for gloo's threads with the
+        # interpreter's lock in hand, which they may be waiting for.
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
