@@ -29,6 +29,7 @@ class DepthwiseConv(nn.Conv2d):
         super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
         image = x.permute(0, 3, 1, 2)
         if min(image.shape[-2:]) < 3:
             # oneDNN has no fast kernel for a map smaller than the filter: on one CPU thread, forward and backward of a
