@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-Backend = Literal["webdataset", "synthetic"]
+Backend = Literal["webdataset", "ffcv", "synthetic"]
 Order = Literal["global", "block"]
+Decoding = Literal["fast", "exact"]
+AugmentPlace = Literal["cpu", "device"]
 Interpolation = Literal["antialias", "linear", "area"]
 ErasingMode = Literal["pixel", "const"]
 
@@ -36,6 +38,19 @@ class AugmentConfig:
     rand_augment: str = ""
     """RandAugment in timm's notation, such as "rand-m9-mstd0.5-inc1"; an empty string leaves it out."""
 
+    three_augment: bool = False
+    """3-Augment (DeiT III): one of grayscale, solarization and Gaussian blur for each image."""
+
+    color_jitter: float = 0.0
+    """Brightness, contrast and saturation are each multiplied by a factor from [max(0, 1 - x), 1 + x]."""
+
+    repeats: int = 1
+    """Repeated augmentation: an epoch serves 1 / repeats of the images, each this often with other augmentations."""
+
+    place: AugmentPlace = "cpu"
+    """Where RandAugment, 3-Augment, colour jitter and erasing run: "cpu", in the loader's threads, or "device", on
+    the whole batch after its transfer. Crop, resize and flip always belong to the loader."""
+
     random_erasing: float = 0.0
     """Probability of overwriting one random rectangle of the image."""
 
@@ -50,6 +65,9 @@ class AugmentConfig:
             raise ValueError(f"scale: must be two numbers in (0, 1], the smaller first, got {_shown(self.scale)}")
         if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
             raise ValueError(f"ratio: must be two numbers above 0, the smaller first, got {_shown(self.ratio)}")
+        if not 0 <= self.color_jitter < math.inf:
+            raise ValueError(f"color_jitter: must be 0 or more and finite, got {self.color_jitter}")
+        _at_least(1, "repeats", self.repeats)
         for name in ("horizontal_flip", "random_erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: is a probability, in [0, 1], got {getattr(self, name)}")
@@ -74,14 +92,43 @@ class SyntheticConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """Where remote shards are kept on this node, and how they are fetched. Unused where `data.path` is a folder."""
+
+    folder: str = ""
+    """A folder on the node's own disk (NVMe), shared by its ranks and by later jobs; must be set for a remote path."""
+
+    max_gb: float = 500.0
+    """Bytes the folder may hold, in 10^9 bytes. The shards unused for longest make room; one in use never does."""
+
+    ahead: int = 8
+    """Shards fetched ahead of need, each by a thread of its own."""
+
+    attempts: int = 6
+    """Tries before a fetch fails, with growing, randomly spread pauses between them."""
+
+    timeout: float = 30.0
+    """Seconds without a byte after which a try is given up."""
+
+    def __post_init__(self) -> None:
+        for name in ("ahead", "attempts"):
+            _at_least(1, name, getattr(self, name))
+        for name in ("max_gb", "timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: must be above 0 and finite, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where images come from and how they become batches."""
 
     backend: Backend = "webdataset"
-    """"webdataset": tar shards made by `python -m data_pipeline.prepare`; "synthetic": images made in memory."""
+    """"webdataset": tar shards made by `python -m data_pipeline.prepare`; "ffcv": .beton files made by it (with
+    `--format ffcv`) or by the ffcv package; "synthetic": images made in memory."""
 
     path: str = ""
-    """Folder of the prepared shards: the one with a sub-folder per split. Unused by "synthetic"."""
+    """Folder of the prepared data, the one with index.json; for "webdataset" also a URL (http, https, s3, or another
+    protocol that fsspec knows). Unused by "synthetic"."""
 
     train_split: str = "train"
     """Name of the split to train on."""
@@ -95,6 +142,14 @@ class DataConfig:
     image_size: int = 224
     """Height and width of the images in a batch, in pixels."""
 
+    image_size_schedule: tuple[tuple[int, int], ...] = ()
+    """Progressive resizing: pairs of (epoch, size), epochs rising from 0. From that epoch on training images have that
+    size; evaluation always uses image_size. Empty: image_size throughout."""
+
+    decoding: Decoding = "fast"
+    """JPEG decoding: "fast" uses libjpeg's fast DCT and chroma upsampling and decodes at a reduced scale where that
+    pays; "exact" gives Pillow's pixels, bit for bit."""
+
     num_threads: int = -1
     """Decoding threads per rank; 0 decodes in the caller's thread when a batch is asked for; -1 takes the cores this
     process may use, shared among the ranks of the machine."""
@@ -107,6 +162,14 @@ class DataConfig:
 
     block_shards: int = 16
     """Shards that are shuffled together under order "block"."""
+
+    canonical_nodes: int = 1
+    """Order "block" deals the shards to this many streams, of which a node reads its share: set it to the largest
+    number of nodes you may run on. The order depends on it and not on the nodes there are. A global batch must be a
+    multiple of twice this number."""
+
+    stall_seconds: float = 600.0
+    """A batch that is not ready after this many seconds of waiting ends the run, with the stacks of all threads."""
 
     max_bad_samples: int = 16
     """Different damaged samples a rank replaces (and reports) before it gives up."""
@@ -123,13 +186,28 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes to training images."""
 
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Used where `path` is a URL."""
+
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     """Used by the "synthetic" backend only."""
 
+    def train_image_size(self, epoch: int) -> int:
+        """Height and width of training images in an epoch, in pixels."""
+        sizes = [size for first, size in self.image_size_schedule if first <= epoch]
+        return sizes[-1] if sizes else self.image_size
+
     def __post_init__(self) -> None:
         limits = {"num_classes": 1, "image_size": 8, "num_threads": -1, "prefetch": 0, "block_shards": 1}
-        for name, least in (limits | {"max_bad_samples": 0}).items():
+        for name, least in (limits | {"max_bad_samples": 0, "canonical_nodes": 1}).items():
             _at_least(least, name, getattr(self, name))
+        if not 0 < self.stall_seconds < math.inf:
+            raise ValueError(f"stall_seconds: must be above 0 and finite, got {self.stall_seconds}")
+        epochs = [epoch for epoch, _ in self.image_size_schedule]
+        if epochs != sorted(set(epochs)) or epochs[:1] not in ([], [0]):
+            raise ValueError(f"image_size_schedule: epochs must rise from 0, got {_shown(epochs)}")
+        for _, size in self.image_size_schedule:
+            _at_least(8, "image_size_schedule", size)
         if not all(0 <= channel <= 1 for channel in self.mean):
             raise ValueError(f"mean: is on the scale 0 to 1, got {_shown(self.mean)}")
         if not all(0 < channel < math.inf for channel in self.std):
