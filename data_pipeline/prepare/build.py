@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.prepare.listing import Listing, ShardSize, cut_into_shards, mixed, source_digest
+from data_pipeline.prepare.listing import Listing, cut_into_shards, mixed, source_digest
 from data_pipeline.prepare.make_shard import LeftOut, ShardJob, ShardResult
+from data_pipeline.prepare.options import BuildOptions
 from data_pipeline.prepare.parallel import run_jobs
 from data_pipeline.shards import set_index, shard_index
 from data_pipeline.shards.files import TEMPORARY_PREFIX, atomic_write
@@ -29,15 +30,6 @@ from data_pipeline.shards.writer import member_bytes
 
 RECORD_FILE = "prepare.json"
 LEFT_OUT_FILE = "left_out.jsonl"
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How shards are made."""
-
-    shard_size: ShardSize
-    jobs: int
-    stop_on_error: bool
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,9 @@ def _build_locked(listing: Listing, out: Path, options: BuildOptions) -> Outcome
     by_split = {split: [next(results) for _ in split_jobs] for split, split_jobs in plan.items()}
     for split, split_jobs in plan.items():
         _remove_leftover_shards(out / split, split_jobs)
-    index = SetIndex(listing.classes, {split: _split_index(plan[split], by_split[split]) for split in plan})
+    index = SetIndex(
+        listing.classes, {split: _split_index(plan[split], by_split[split]) for split in plan}, listing.kind
+    )
     for split, part in index.splits.items():
         if part.total == 0:
             raise DataError(

@@ -8,13 +8,34 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
-from data_pipeline.prepare.build import LEFT_OUT_FILE, BuildOptions, Outcome, build
-from data_pipeline.prepare.digits import list_digits
-from data_pipeline.prepare.imagefolder import list_image_folder
+from data_pipeline.prepare import digits, imagefolder
+from data_pipeline.prepare.build import LEFT_OUT_FILE, Outcome, build
 from data_pipeline.prepare.listing import Listing, ShardSize
 from data_pipeline.prepare.make_shard import printable
+from data_pipeline.prepare.options import BuildOptions
 from data_pipeline.shards.source import DataError
+
+
+class Converter(Protocol):
+    """A module that knows one form in which data sets are found. It imports what is heavy where it uses it."""
+
+    NAME: str
+    """What the user types."""
+
+    HELP: str
+    """One line of the list of converters."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the converter's own arguments; may set the parser's description and begin its epilog."""
+
+    def list_source(self, arguments: argparse.Namespace) -> Listing:
+        """What the source holds. Raises DataError, before anything is written, where it is not what it should be."""
+        ...
+
+
+CONVERTERS: tuple[Converter, ...] = (imagefolder, digits)
 
 EXIT_DONE, EXIT_ERROR, EXIT_LEFT_OUT, EXIT_INTERRUPTED = 0, 1, 3, 130
 _SHOWN = 20
@@ -27,16 +48,6 @@ command: finished shards are verified and kept. A run on a finished output check
 
 exit codes: 0 done; 1 error, nothing usable or unfinished; 2 wrong usage; 3 done, but some images could not be read and
 are left out (they are listed, and written to OUT/left_out.jsonl); 130 interrupted.
-"""
-
-_IMAGEFOLDER_EPILOG = """\
-examples:
-  python -m data_pipeline.prepare imagefolder --src photos --out shards          photos/{train,val}/CLASS/*.jpg
-  python -m data_pipeline.prepare imagefolder --src photos --out shards --val-fraction 0.1      photos/CLASS/*.jpg
-
-Image files (jpg, jpeg, png, webp, bmp, ppm, tiff) are copied byte by byte. Each is decoded once, as strictly as
-training does it; what cannot be decoded is reported with its path. Classes are numbered in the order of their names.
-
 """
 
 
@@ -62,12 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _list_source(arguments: argparse.Namespace) -> Listing:
-    if arguments.converter == "digits":
-        return list_digits()
-    source, out = arguments.src.resolve(), arguments.out.resolve()
-    if out == source or source in out.parents:
-        raise DataError(f"--out {arguments.out} lies inside --src {arguments.src}; choose a folder outside of it.")
-    return list_image_folder(arguments.src, arguments.splits, arguments.val_fraction)
+    if "src" in arguments:
+        source, out = arguments.src.resolve(), arguments.out.resolve()
+        if out == source or source in out.parents:
+            raise DataError(f"--out {arguments.out} lies inside --src {arguments.src}; choose a folder outside of it.")
+    listing: Listing = arguments.list_source(arguments)
+    return listing
 
 
 def _print_summary(out: Path, listing: Listing, outcome: Outcome, seconds: float) -> None:
@@ -109,37 +120,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=raw,
     )
-    converters = parser.add_subparsers(dest="converter", required=True, metavar="imagefolder | digits")
-    folder = converters.add_parser(
-        "imagefolder",
-        help="folders of image files, one per class",
-        epilog=_IMAGEFOLDER_EPILOG + _EPILOG,
-        description="Turn SRC/{train,val}/CLASS/*.jpg into shards.",
-        formatter_class=raw,
-    )
-    folder.add_argument("--src", type=Path, required=True, metavar="DIR", help="the folder of images")
-    layout = folder.add_mutually_exclusive_group()
-    layout.add_argument(
-        "--splits",
-        nargs="+",
-        metavar="NAME",
-        help="folders of SRC to prepare; the first one's classes count (default: train val)",
-    )
-    layout.add_argument(
-        "--val-fraction",
-        type=float,
-        metavar="F",
-        help="SRC holds one folder per class: hold out this part of each, such as 0.1, as the split val",
-    )
-    digits = converters.add_parser(
-        "digits",
-        help="1,797 handwritten digits that come with scikit-learn",
-        epilog=_EPILOG,
-        formatter_class=raw,
-        description="The UCI handwritten digits as 64x64 JPEGs: 1,437 to train on, 360 held out. No download.",
-    )
-    for converter in (folder, digits):
-        _add_common_arguments(converter)
+    converters = parser.add_subparsers(dest="converter", required=True, metavar="CONVERTER", title="converters")
+    for converter in CONVERTERS:
+        own = converters.add_parser(converter.NAME, help=converter.HELP, formatter_class=raw)
+        own.set_defaults(list_source=converter.list_source)
+        converter.add_arguments(own)
+        own.epilog = f"{own.epilog or ''}\n{_EPILOG}".lstrip()
+        _add_common_arguments(own)
     return parser
 
 

@@ -5,14 +5,17 @@ E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Mach
 
 from __future__ import annotations
 
-import functools
+import argparse
 import io
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.prepare.listing import Item, Listing, hold_out
+from data_pipeline.prepare.listing import Item, Listing, SourceFiles, hold_out
 from data_pipeline.shards.source import DataError
+
+NAME = "digits"
+HELP = "1,797 handwritten digits that come with scikit-learn; no download"
 
 VALIDATION_IMAGES = 360
 IMAGE_SIZE = 64
@@ -20,18 +23,25 @@ _JPEG_QUALITY = 95
 _BRIGHTEST = 16  # each of the 8x8 values counts the set pixels of a 4x4 block of the scan
 
 
-def list_digits() -> Listing:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There is nothing to choose."""
+    parser.description = "The UCI handwritten digits as 64x64 JPEGs: 1,437 to train on, 360 held out. No download."
+
+
+def list_source(arguments: argparse.Namespace) -> Listing:
     """The digits as grayscale JPEGs of 64x64: 1,437 to train on and 360 held out, every class in proportion."""
     scans, labels = _scans()
-    files = {f"digit-{number:04d}": _jpeg(scan) for number, scan in enumerate(scans)}
-    items = [Item(key, f"{key}.jpg", int(label), len(files[key])) for key, label in zip(files, labels, strict=True)]
+    items = []
+    for number, (scan, label) in enumerate(zip(scans, labels, strict=True)):
+        key, image = f"digit-{number:04d}", _jpeg(scan)
+        items.append(Item(key, f"{key}.jpg", int(label), len(image), place=image))
     train, val = hold_out(items, VALIDATION_IMAGES)
     classes = tuple(str(digit) for digit in range(10))
-    return Listing("digits", {}, classes, {"train": train, "val": val}, functools.partial(_read, files))
+    return Listing(NAME, {}, classes, {"train": train, "val": val}, _read)
 
 
-def _read(files: dict[str, bytes], name: str) -> bytes:
-    return files[name.removesuffix(".jpg")]
+def _read(item: Item) -> SourceFiles:
+    return SourceFiles(item.place)
 
 
 def _jpeg(scan: npt.NDArray[np.uint8]) -> bytes:

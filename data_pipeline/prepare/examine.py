@@ -10,6 +10,7 @@ from data_pipeline.decode import DecodeError, decode_image
 from data_pipeline.shards.shard_index import SUBSAMPLINGS
 
 _JPEG_START = b"\xff\xd8"
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # of Pillow's formats whose extension is not their name
 _MEMORY_ADDRESS = re.compile(r" ?<_io\.BytesIO[^>]*>")  # in Pillow's messages; it differs from run to run
 
 
@@ -24,6 +25,9 @@ class ImageFacts:
     width: int
     height: int
     subsampling: str
+
+    extension: str
+    """What the file's content says that its extension should be, whatever it is called."""
 
 
 def examine(data: bytes) -> ImageFacts:
@@ -45,12 +49,13 @@ def _jpeg_facts(data: bytes) -> ImageFacts:
     except ImportError:
         return _other_facts(data)
     height, width, _, subsampling = simplejpeg.decode_jpeg_header(data)
-    return ImageFacts(width, height, subsampling if subsampling in SUBSAMPLINGS else "other")
+    return ImageFacts(width, height, subsampling if subsampling in SUBSAMPLINGS else "other", "jpg")
 
 
 def _other_facts(data: bytes) -> ImageFacts:
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
-        subsampling = "other" if image.format == "JPEG" else "not a JPEG"
-        return ImageFacts(image.width, image.height, subsampling)
+        name = image.format or ""
+        extension = _EXTENSIONS.get(name, name.lower())
+        return ImageFacts(image.width, image.height, "other" if extension == "jpg" else "not a JPEG", extension)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 from collections import Counter
@@ -9,13 +10,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from data_pipeline.prepare.listing import Item, Listing, hold_out, unique_keys
+from data_pipeline.prepare.listing import Item, Listing, SourceFiles, hold_out, unique_keys
 from data_pipeline.shards.source import DataError
+
+NAME = "imagefolder"
+HELP = "folders of image files, one per class"
 
 EXTENSIONS = ("jpg", "jpeg", "jpe", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff")
 """What counts as an image, in lower or upper case."""
 
 _LOOKED_FOR = f"looked for .{', .'.join(EXTENSIONS)}"
+
+_EXAMPLES = """\
+examples:
+  python -m data_pipeline.prepare imagefolder --src photos --out shards          photos/{train,val}/CLASS/*.jpg
+  python -m data_pipeline.prepare imagefolder --src photos --out shards --val-fraction 0.1      photos/CLASS/*.jpg
+
+Image files (jpg, jpeg, png, webp, bmp, ppm, tiff) are found at any depth below a class folder. Classes are numbered in
+the order of their names.
+"""
 
 
 @dataclass
@@ -31,6 +44,31 @@ class _PassedOver:
     def note(self, name: str) -> None:
         """Count a file that is no image."""
         self.kinds[_extension(name) or "without extension"] += 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the folders are, and which are splits."""
+    parser.description = "Turn SRC/{train,val}/CLASS/*.jpg into shards."
+    parser.epilog = _EXAMPLES
+    parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="the folder of images")
+    layout = parser.add_mutually_exclusive_group()
+    layout.add_argument(
+        "--splits",
+        nargs="+",
+        metavar="NAME",
+        help="folders of SRC to prepare; the first one's classes count (default: train val)",
+    )
+    layout.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help="SRC holds one folder per class: hold out this part of each, such as 0.1, as the split val",
+    )
+
+
+def list_source(arguments: argparse.Namespace) -> Listing:
+    """The tree that the arguments name."""
+    return list_image_folder(arguments.src, arguments.splits, arguments.val_fraction)
 
 
 def list_image_folder(source: Path, splits: Sequence[str] | None, val_fraction: float | None) -> Listing:
@@ -78,12 +116,12 @@ def _listing(
         )
     read = functools.partial(read_file, source)
     kinds = dict(sorted(passed_over.kinds.items()))
-    return Listing("imagefolder", options, tuple(classes), splits, read, kinds, tuple(passed_over.outside))
+    return Listing(NAME, options, tuple(classes), splits, read, kinds, tuple(passed_over.outside))
 
 
-def read_file(source: Path, name: str) -> bytes:
-    """The bytes of one file of the tree."""
-    return (source / name).read_bytes()
+def read_file(source: Path, item: Item) -> SourceFiles:
+    """One file of the tree."""
+    return SourceFiles((source / item.name).read_bytes())
 
 
 def _require_splits(source: Path, names: list[str], chosen: bool) -> None:

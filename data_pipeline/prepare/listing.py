@@ -7,8 +7,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from data_pipeline.shards.writer import member_bytes
+
+Kind = Literal["classification", "segmentation", "detection"]
 
 _UNSAFE_IN_KEY = re.compile(r"[.\\\x00-\x1f\x7f\ud800-\udfff]")
 _DATA_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -22,14 +25,28 @@ class Item:
     """Its key in the shards: unique within the split, without a dot."""
 
     name: str
-    """What the source calls it (for a folder: the path within it); its extension is that of the image."""
+    """What the source calls it, for messages (for a folder: the path within it)."""
 
     label: int
+    """Its class; 0 where the set is not one for classification."""
+
     size: int
-    """Bytes of the image file."""
+    """Bytes of the image file; an estimate will do where `modified` is 0."""
 
     modified: float = 0.0
-    """When the file was last changed, in seconds since 1970; 0 where images cannot change."""
+    """When the image or its target was last changed, in seconds since 1970; 0 where they cannot change."""
+
+    place: Any = None
+    """Where the converter finds it, such as (path of a tar, offset): picklable, and nobody else's business."""
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """What the source holds for one item."""
+
+    image: bytes
+    target: bytes | None = None
+    """The PNG of a mask or the JSON of annotations, where the set is one for a dense task."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +62,21 @@ class Listing:
     classes: tuple[str, ...]
     splits: dict[str, list[Item]]
 
-    read: Callable[[str], bytes]
-    """The bytes of the image with a given name; picklable, as other processes call it. Raises OSError."""
+    read: Callable[[Item], SourceFiles]
+    """The files of an item; picklable, as other processes call it. Raises OSError, or ValueError saying why they cannot
+    be used; the item is then left out."""
 
     ignored: dict[str, int] = field(default_factory=dict)
     """How many files of which kind were passed over because they are no images."""
 
     outside: tuple[str, ...] = ()
     """Names of images that were passed over because they are in no class folder."""
+
+    kind: Kind = "classification"
+    """What the samples teach: a label each, or a target file each."""
+
+    target_extension: str = ""
+    """Of the target's file in the tar, such as "seg.png"; empty for classification."""
 
 
 @dataclass(frozen=True)

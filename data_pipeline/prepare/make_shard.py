@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.prepare.examine import ImageFacts, UnreadableImageError, examine
+from data_pipeline.prepare.examine import UnreadableImageError
 from data_pipeline.prepare.listing import Item
+from data_pipeline.prepare.load import Loaded, Read, load, read_files
 from data_pipeline.shards import shard_index
 from data_pipeline.shards.files import sha256_of_file
 from data_pipeline.shards.shard_index import ShardIndex
@@ -28,7 +28,7 @@ class ShardJob:
     """Of the tar."""
 
     items: list[Item]
-    read: Callable[[str], bytes]
+    read: Read
 
     finished_sha256: str | None
     """Of the tar, where the data set was finished before: the shard must be that one, and the source unchanged."""
@@ -68,20 +68,15 @@ class _Reading:
         for item in self.job.items:
             usable = self.load(item)
             if usable is not None:
-                data, facts = usable
-                extension = os.path.splitext(item.name)[1].lower().removeprefix(".")
-                yield EncodedSample(item.key, extension, data, item.label, facts.width, facts.height, facts.subsampling)
+                yield _encoded(item, usable)
             self.advance(1)
 
-    def load(self, item: Item) -> tuple[bytes, ImageFacts] | None:
-        """The image's bytes and facts, or None after noting that it is left out."""
+    def load(self, item: Item) -> Loaded | None:
+        """The item's files and facts, or None after noting that it is left out."""
         try:
-            data = self.job.read(item.name)
-            return data, examine(data)
+            return load(item, self.job.read)
         except UnreadableImageError as error:
             reason = str(error)
-        except OSError as error:
-            reason = error.strerror or str(error)
         if self.job.stop_on_error:
             raise DataError(
                 f"{printable(item.name)} cannot be used: {reason}. Repair it, or leave such images out with "
@@ -89,6 +84,13 @@ class _Reading:
             )
         self.left_out.append(LeftOut(self.job.path.parent.name, item.name, reason))
         return None
+
+
+def _encoded(item: Item, loaded: Loaded) -> EncodedSample:
+    facts = loaded.facts
+    return EncodedSample(
+        item.key, facts.extension, loaded.files.image, item.label, facts.width, facts.height, facts.subsampling
+    )
 
 
 def make_shard(job: ShardJob, advance: Callable[[int], None]) -> ShardResult:
@@ -162,8 +164,8 @@ def _same_source(reading: _Reading, index: ShardIndex, written: float) -> bool:
 
 def _checksum_now(job: ShardJob, item: Item) -> int | None:
     try:
-        return zlib.crc32(job.read(item.name))
-    except OSError:
+        return zlib.crc32(read_files(item, job.read).image)
+    except UnreadableImageError:
         return None
 
 

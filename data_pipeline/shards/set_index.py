@@ -69,6 +69,9 @@ class SetIndex:
     classes: tuple[str, ...]
     splits: dict[str, SplitIndex]
 
+    kind: str = "classification"
+    """What the samples teach: "classification", "segmentation" or "detection"."""
+
     def fingerprint(self, split: str) -> str:
         """A digest of the classes and of a split's samples, labels and places (all of which the tars hold)."""
         index = self.splits[split]
@@ -78,7 +81,7 @@ class SetIndex:
 def to_bytes(index: SetIndex) -> bytes:
     """The content of index.json."""
     splits = {name: _split_to_json(index, name) for name in index.splits}
-    content = {"format": FORMAT, "version": VERSION, "classes": list(index.classes), "splits": splits}
+    content = {"format": FORMAT, "version": VERSION, "kind": index.kind, "classes": list(index.classes), "splits": splits}
     content["fingerprint"] = _digest({name: split["fingerprint"] for name, split in splits.items()})
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -113,6 +116,7 @@ def load(folder: Path) -> SetIndex:
         index = SetIndex(
             classes=tuple(content["classes"]),
             splits={str(name): _split_from_json(split) for name, split in content["splits"].items()},
+            kind=str(content.get("kind", "classification")),
         )
         stated = {name: split["fingerprint"] for name, split in content["splits"].items()}
         sound = (

@@ -275,7 +275,23 @@ def test_keys_have_no_dot_and_are_unique_where_names_collide(tmp_path: Path, ima
 
     with tarfile.open(tmp_path / "out" / "train" / "shard-000000.tar") as tar:
         extensions = {member.name.split(".", 1)[1] for member in tar}
-    assert extensions == {"jpg", "png", "jpeg", "cls"}
+    assert extensions == {"jpg", "png", "cls"}
+
+
+def test_an_image_gets_the_extension_of_its_content_whatever_its_file_is_called(
+    tmp_path: Path, image_tree, image_file
+) -> None:
+    import tarfile
+
+    source = image_tree(tmp_path / "source", {"train": {"cat": 0}, "val": {"cat": 1}})
+    kinds = {"disguised.jpg": "PNG", "disguised.png": "JPEG", "w.JPG": "WEBP", "b.tif": "BMP", "p.pgm": "PPM"}
+    for name, kind in {**kinds, "t.jpeg": "TIFF"}.items():
+        (source / "train" / "cat" / name).write_bytes(image_file(3, kind=kind))
+    assert _prepare(source, tmp_path / "out") == 0
+    with tarfile.open(tmp_path / "out" / "train" / "shard-000000.tar") as tar:
+        names = {member.name for member in tar if not member.name.endswith(".cls")}
+    stems = {"disguised.png", "disguised~2.jpg", "w.webp", "b.bmp", "p.ppm", "t.tif"}
+    assert names == {f"cat/{name}" for name in stems}
 
 
 def test_other_files_are_counted_and_named_not_taken_for_images(

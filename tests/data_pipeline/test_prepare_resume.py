@@ -18,13 +18,13 @@ from pathlib import Path
 from data_pipeline.prepare import cli
 from data_pipeline.prepare.imagefolder import list_image_folder
 
-def read(real, fatal, name):
-    if name == fatal:
+def read(real, fatal, item):
+    if item.name == fatal:
         parent = multiprocessing.parent_process()
         os.kill(parent.pid if parent else os.getpid(), SIGNAL)
         if SIGNAL == signal.SIGKILL:
             signal.pause()  # a worker gets here, and must be ended although it is waiting
-    return real(name)
+    return real(item)
 
 def listing(arguments):
     found = list_image_folder(arguments.src, arguments.splits, arguments.val_fraction)
@@ -45,13 +45,13 @@ from data_pipeline.prepare.imagefolder import list_image_folder
 
 NOTE = Path(__file__).with_suffix(".pid")
 
-def read(real, fatal, name):
-    if name == fatal:
+def read(real, fatal, item):
+    if item.name == fatal:
         parallel._images_done.get_lock().acquire()
         NOTE.with_suffix(".new").write_text(str(os.getpid()))
         NOTE.with_suffix(".new").rename(NOTE)
         signal.pause()
-    return real(name)
+    return real(item)
 
 def listing(arguments):
     found = list_image_folder(arguments.src, arguments.splits, arguments.val_fraction)
