@@ -270,6 +270,10 @@ def open_split(config: DataConfig, split: str) -> Source:
         from data_pipeline.synthetic import SyntheticSource
 
         return SyntheticSource(config, split)
+    if config.backend == "ffcv":
+        from data_pipeline.shards.beton import open_beton
+
+        return open_beton(config, split)
     from data_pipeline.shards import open_source
 
     return open_source(config, split)
