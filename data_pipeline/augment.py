@@ -43,8 +43,9 @@ class SampleDraws:
         self._bit_generator = bit_generator
         self._generator = np.random.Generator(bit_generator)
 
-    def of(self, sample_id: int) -> np.random.Generator:
-        """The generator at the start of this sample's draws; valid until the next call."""
+    def of(self, sample_id: int, copy: int = 0) -> np.random.Generator:
+        """The generator at the start of the draws of a sample's copy; valid until the next call."""
+        self._state["state"]["counter"][2] = copy
         self._state["state"]["counter"][3] = sample_id
         self._bit_generator.state = self._state
         return self._generator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ _MAX_SUBSTITUTES = 8  # damaged samples in a row before something larger than a 
 class Batch:
     """One rank's part of one global batch, in host memory (pinned where there is a GPU).
 
-    The tensors are made for this batch and belong to the consumer: they are never written again.
+    The tensors belong to the consumer: they are not written again as long as anything refers to them.
     """
 
     images: torch.Tensor
@@ -32,6 +33,9 @@ class Batch:
 
     ids: torch.Tensor
     """int64 (n,), sample ids as the order has them; -1 for padding"""
+
+    copies: torch.Tensor
+    """int64 (n,), which copy of its sample each is under repeated augmentation; else 0"""
 
     positions: torch.Tensor
     """int64 (n,), places in the global batch"""
@@ -59,34 +63,53 @@ class EpochReader:
     substitute: bool
     """Serve another sample in the place of a damaged one; otherwise mark the place invalid."""
 
+    at_work: dict[str, int] = field(default_factory=dict)
+    """Name of a thread -> the sample it has in hand."""
+
     def fill(self, batch: Batch, slots: range) -> Report:
         """Write the given places of `batch`; runs in any thread."""
         started = time.perf_counter()
         report = Report()
         draws = SampleDraws(self.seed, self.epoch)
         images, labels, valid = batch.images.numpy(), batch.labels.numpy(), batch.valid.numpy()
-        for slot, sample_id in zip(slots, batch.ids[slots.start : slots.stop].tolist(), strict=True):
-            label = self._write(sample_id, draws, images[slot], report) if valid[slot] else None
+        thread = threading.current_thread().name
+        ids, copies = batch.ids[slots.start : slots.stop].tolist(), batch.copies[slots.start : slots.stop].tolist()
+        for slot, sample_id, copy in zip(slots, ids, copies, strict=True):
+            self.at_work[thread] = sample_id
+            label = self._write(sample_id, copy, draws, images[slot], report) if valid[slot] else None
             if label is None:
                 images[slot], labels[slot], valid[slot] = 0, 0, False
             else:
                 labels[slot] = label
+        self.at_work.pop(thread, None)
         report.decode_seconds = time.perf_counter() - started
         return report
 
-    def _write(self, sample_id: int, draws: SampleDraws, out: npt.NDArray[np.uint8], report: Report) -> int | None:
+    def whereabouts(self) -> str:
+        """Which sample of which shard each thread has in hand, in words."""
+        sizes = getattr(self.source, "shard_sizes", None)
+        ends = np.cumsum([len(self.source)] if sizes is None else sizes)
+        places = [
+            f"{thread} is at sample {sample} (shard {int(np.searchsorted(ends, sample, side='right'))}, counted from 0)"
+            for thread, sample in sorted(self.at_work.copy().items())
+        ]
+        return "; ".join(places) or "no thread has a sample in hand"
+
+    def _write(
+        self, sample_id: int, copy: int, draws: SampleDraws, out: npt.NDArray[np.uint8], report: Report
+    ) -> int | None:
         """Write one image and return its label; None if it is damaged and nothing may stand in for it."""
         for attempt in range(1 + _MAX_SUBSTITUTES):
             candidate = (sample_id + attempt) % len(self.source)
             try:
-                return self._prepare(candidate, draws.of(sample_id), out)
+                return self._prepare(candidate, draws.of(sample_id, copy), out)
             except DamagedSampleError as error:
                 report.damaged.append((candidate, error))
             if not self.substitute:
                 return None
         raise DataError(
             f"{1 + _MAX_SUBSTITUTES} samples in a row are damaged, from sample {sample_id} on; the last: "
-            f"{report.damaged[-1][1]}. Check the shards with `python -m data_pipeline.inspect`"
+            f"{report.damaged[-1][1]}. Check the shards with `python -m data_pipeline.verify`"
         )
 
     def _prepare(self, sample_id: int, rng: np.random.Generator, out: npt.NDArray[np.uint8]) -> int:

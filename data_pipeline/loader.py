@@ -7,13 +7,12 @@ values. It counts the samples that were handed over, not those decoded ahead.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -22,12 +21,14 @@ import numpy.typing as npt
 import torch
 
 from data_pipeline.batch import Batch, EpochReader, Report
+from data_pipeline.buffers import Buffers
 from data_pipeline.config import DataConfig
+from data_pipeline.expect import Expectation
 from data_pipeline.order import Batching, EpochOrder, Mode
+from data_pipeline.quarantine import Quarantine
 from data_pipeline.shards.source import DataError, Source
 from data_pipeline.transforms import eval_transform, train_transform
-
-logger = logging.getLogger(__name__)
+from data_pipeline.workers import Pending, StalledError, Workers, available_cores
 
 STATE_VERSION = 1
 # Samples a thread takes at a time: enough to hide the cost of a task, few enough to share a batch evenly.
@@ -44,11 +45,23 @@ class Loader:
 
     Damaged samples: in training the next readable sample by id takes the place (with the augmentation of the place); in
     evaluation the place is marked invalid. Each is reported once, and more than `config.max_bad_samples` different ones
-    end the iteration with DataError.
+    end the iteration with DataError. So does a batch that threads do not finish in `config.stall_seconds`.
     """
 
-    def __init__(self, source: Source, config: DataConfig, batching: Batching, *, train: bool, seed: int) -> None:
-        """Raises DataError if an epoch has no batch, ValueError for a RandAugment string that is not understood."""
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        batching: Batching,
+        *,
+        train: bool,
+        seed: int,
+        quarantine: Path | None = None,
+    ) -> None:
+        """`quarantine`: a file that damaged samples are appended to (data_pipeline.quarantine).
+
+        Raises DataError if an epoch has no batch, ValueError for a RandAugment string that is not understood.
+        """
         self._source, self._config, self._batching, self._seed = source, config, batching, seed
         self._train = train
         self._mode: Mode = config.order if train else "sequential"
@@ -56,7 +69,13 @@ class Loader:
         self._num_threads = _resolve_threads(config.num_threads)
         self._epoch, self._consumed = 0, 0
         self._running: weakref.ref[Generator[Batch, None, None]] | None = None
-        self._bad_ids: set[int] = set()
+        self._buffers = Buffers(config.prefetch + 2)  # those in the making, and two that a consumer has just let go
+        self._quarantine = Quarantine(
+            quarantine,
+            batching.rank,
+            config.max_bad_samples,
+            "another sample takes its place" if train else "it is left out",
+        )
         self._wait_seconds = self._decode_seconds = 0.0
         self._samples, self._bad_samples = 0, 0
         if len(self) == 0:
@@ -133,8 +152,10 @@ class Loader:
 
     def stats(self) -> dict[str, float]:
         """Since the last call: `wait_seconds` the consumer waited for batches, `decode_seconds` spent by all threads,
-        `samples` handed over to this rank, `bad_samples` replaced or marked invalid."""
+        `samples` handed over to this rank, `bad_samples` replaced or marked invalid; and what the source counts."""
+        of_source = getattr(self._source, "stats", dict)
         stats = {
+            **of_source(),
             "wait_seconds": self._wait_seconds,
             "decode_seconds": self._decode_seconds,
             "samples": self._samples,
@@ -159,7 +180,26 @@ class Loader:
 
     @property
     def _order_name(self) -> str:
-        return f"block/{self._config.block_shards}" if self._mode == "block" else self._mode
+        """What the order depends on beside seed and epoch; the streams and repeats only where there are several."""
+        config, repeats = self._config, self._repeats
+        name = f"block/{config.block_shards}" if self._mode == "block" else self._mode
+        name += f"/{self._batching.streams}" if self._batching.streams > 1 else ""
+        return name + (f" repeats {repeats}" if repeats > 1 else "")
+
+    @property
+    def _repeats(self) -> int:
+        return self._config.augment.repeats if self._train else 1
+
+    def _order(self, epoch: int) -> EpochOrder:
+        return EpochOrder(
+            self._mode,
+            _shard_sizes(self._source, self._mode),
+            self._seed,
+            epoch,
+            block_shards=self._config.block_shards,
+            streams=self._batching.streams,
+            repeats=self._repeats,
+        )
 
     def _stop_running(self) -> None:
         running = self._running() if self._running is not None else None
@@ -169,79 +209,62 @@ class Loader:
 
     def _serve(self) -> Generator[Batch, None, None]:
         """Keep `prefetch` batches in the making while the consumer works on one."""
-        order = EpochOrder(
-            self._mode,
-            _shard_sizes(self._source, self._mode),
-            self._seed,
-            self._epoch,
-            block_shards=self._config.block_shards,
-        )
+        order = self._order(self._epoch)
         reader = EpochReader(self._source, self._transform, self._seed, self._epoch, substitute=self._train)
-        pool = ThreadPoolExecutor(self._num_threads, "data_pipeline") if self._num_threads else None
-        ahead = self._config.prefetch if pool else 0
+        expectation = Expectation(self._source, self._batching, order, lambda: self._order(self._epoch + self._train))
+        ahead = self._config.prefetch if self._num_threads else 0
         first, step = self._consumed, self._batching.global_batch_size
-        pending: deque[tuple[int, Batch, list[Callable[[], Report]]]] = deque()
-        try:
+        making: deque[tuple[int, Batch, Pending[Report]]] = deque()
+        with Workers(self._num_threads, "data_pipeline") as workers:
             for index in range(self._batching.num_batches(len(order) - first)):
                 start = first + index * step
+                expectation.at(start)
                 batch = self._empty_batch(order, start)
-                pending.append((min(start + step, len(order)), batch, self._start(pool, reader, batch)))
-                if len(pending) > ahead:
-                    yield self._hand_over(*pending.popleft())
-            while pending:
-                yield self._hand_over(*pending.popleft())
-        finally:
-            if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
+                making.append((min(start + step, len(order)), batch, self._start(workers, reader, batch)))
+                if len(making) > ahead:
+                    yield self._hand_over(reader, *making.popleft())
+            while making:
+                yield self._hand_over(reader, *making.popleft())
         self._epoch, self._consumed = self._epoch + 1, 0
 
     def _empty_batch(self, order: EpochOrder, start: int) -> Batch:
-        ids, valid = self._batching.rank_ids(order, start)
-        size = self._config.image_size
-        # Fresh memory for each batch rather than a ring of buffers: torch recycles pinned memory itself, once the
-        # copies to the GPU that were queued from it are done, and a consumer may keep a batch as long as it likes.
-        pin = torch.cuda.is_available()
+        places = self._batching.rank_places(order, start)
+        size = self._config.train_image_size(self._epoch) if self._train else self._config.image_size
         return Batch(
-            images=torch.empty((len(ids), size, size, 3), dtype=torch.uint8, pin_memory=pin),
-            labels=torch.zeros(len(ids), dtype=torch.int64, pin_memory=pin),
-            ids=torch.from_numpy(ids),
+            images=self._buffers.take((len(places.ids), size, size, 3)),
+            labels=torch.zeros(len(places.ids), dtype=torch.int64, pin_memory=torch.cuda.is_available()),
+            ids=torch.from_numpy(places.ids),
+            copies=torch.from_numpy(places.copies),
             positions=torch.from_numpy(self._batching.positions),
-            valid=torch.from_numpy(valid),
+            valid=torch.from_numpy(places.valid),
         )
 
-    def _start(self, pool: ThreadPoolExecutor | None, reader: EpochReader, batch: Batch) -> list[Callable[[], Report]]:
-        """Begin to fill a batch; calling the results waits for them (or does the work, without threads)."""
+    def _start(self, workers: Workers, reader: EpochReader, batch: Batch) -> Pending[Report]:
+        """Begin to fill a batch."""
         count = len(batch.ids)
-        if pool is None:
-            return [functools.partial(reader.fill, batch, range(count))]
-        task = max(1, min(_MAX_TASK, count // (2 * self._num_threads)))
-        slots = (range(start, min(start + task, count)) for start in range(0, count, task))
-        return [pool.submit(reader.fill, batch, part).result for part in slots]
+        task = max(1, min(_MAX_TASK, count // (2 * max(self._num_threads, 1))))
+        parts = (range(start, min(start + task, count)) for start in range(0, count, task))
+        return workers.start([functools.partial(reader.fill, batch, part) for part in parts])
 
-    def _hand_over(self, consumed: int, batch: Batch, results: list[Callable[[], Report]]) -> Batch:
+    def _hand_over(self, reader: EpochReader, consumed: int, batch: Batch, pending: Pending[Report]) -> Batch:
         started = time.perf_counter()
-        reports = [result() for result in results]
+        try:
+            reports = pending.results(self._config.stall_seconds)
+        except StalledError as error:
+            raise DataError(
+                f"no batch came within {self._config.stall_seconds:g} seconds (data.stall_seconds) in epoch "
+                f"{self._epoch} at position {self._consumed}: the storage does not answer, or a thread is stuck. "
+                f"{reader.whereabouts()}\n\n{error}"
+            ) from None
         self._wait_seconds += time.perf_counter() - started
-        self._decode_seconds += sum(report.decode_seconds for report in reports)
-        self._samples += int(batch.valid.sum())
         for report in reports:
-            self._count_damaged(report)
+            self._decode_seconds += report.decode_seconds
+            self._bad_samples += len(report.damaged)
+            for sample_id, damage in report.damaged:
+                self._quarantine.note(sample_id, self._epoch, damage)
+        self._samples += int(batch.valid.sum())
         self._consumed = consumed
         return batch
-
-    def _count_damaged(self, report: Report) -> None:
-        self._bad_samples += len(report.damaged)
-        for sample_id, error in report.damaged:
-            if sample_id in self._bad_ids:
-                continue
-            self._bad_ids.add(sample_id)
-            logger.warning("%s; %s", error, "another sample takes its place" if self._train else "it is left out")
-            if len(self._bad_ids) > self._config.max_bad_samples:
-                raise DataError(
-                    f"{len(self._bad_ids)} damaged samples are more than max_bad_samples = "
-                    f"{self._config.max_bad_samples}; the last: {error}. Check the shards with "
-                    "`python -m data_pipeline.inspect`, or raise the limit"
-                ) from error
 
 
 def build_loader(
@@ -253,15 +276,18 @@ def build_loader(
     rank: int,
     world_size: int,
     seed: int,
+    quarantine: Path | None = None,
 ) -> Loader:
     """Open a split and serve it to one rank.
 
     Training: shuffled, augmented, an incomplete last batch is dropped. Evaluation: in order, central crop, the last
     batch padded with places marked invalid, so that every sample is seen once and all ranks have as many batches.
-    Raises DataError where the data cannot be used, ValueError for settings that do not fit together.
+    Damaged samples are appended to the file `quarantine`. Raises DataError where the data cannot be used, ValueError
+    for settings that do not fit together.
     """
-    batching = Batching(global_batch_size, rank, world_size, tail="drop" if train else "mask")
-    return Loader(open_split(config, split), config, batching, train=train, seed=seed)
+    streams = config.canonical_nodes if train and config.order == "block" else 1
+    batching = Batching(global_batch_size, rank, world_size, "drop" if train else "mask", streams)
+    return Loader(open_split(config, split), config, batching, train=train, seed=seed, quarantine=quarantine)
 
 
 def open_split(config: DataConfig, split: str) -> Source:
@@ -280,17 +306,14 @@ def open_split(config: DataConfig, split: str) -> Source:
 
 
 def _shard_sizes(source: Source, mode: Mode) -> npt.NDArray[np.int64]:
-    if mode != "block":
-        return np.array([len(source)], np.int64)
     sizes = getattr(source, "shard_sizes", None)
-    if sizes is None:
+    if sizes is None and mode == "block":
         raise DataError("order 'block' shuffles shards, and this source has none: use order 'global'")
-    return np.asarray(sizes, np.int64)
+    return np.array([len(source)], np.int64) if sizes is None else np.asarray(sizes, np.int64)
 
 
 def _resolve_threads(num_threads: int) -> int:
     """Threads of this rank; -1 shares the cores that the process may use among the ranks of the machine."""
     if num_threads >= 0:
         return num_threads
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -143,9 +143,9 @@ def test_unknown_order_and_empty_groups_are_refused() -> None:
 def test_ranks_together_serve_the_global_batch_in_order(world_size: int) -> None:
     order = EpochOrder("global", (20,), 0, 0)
     for start in (0, 6, 12):
-        parts = [Batching(6, rank, world_size).rank_ids(order, start) for rank in range(world_size)]
-        assert np.concatenate([ids for ids, _ in parts]).tolist() == order.ids(start, start + 6).tolist()
-        assert all(valid.all() for _, valid in parts)
+        parts = [Batching(6, rank, world_size).rank_places(order, start) for rank in range(world_size)]
+        assert np.concatenate([part.ids for part in parts]).tolist() == order.ids(start, start + 6).tolist()
+        assert all(part.valid.all() and not part.copies.any() for part in parts)
     positions = [Batching(6, rank, world_size).positions for rank in range(world_size)]
     assert np.concatenate(positions).tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -154,17 +154,17 @@ def test_tails_differ_only_in_the_last_batch() -> None:
     order = EpochOrder("sequential", (10,), 0, 0)
     assert [Batching(4, tail=tail).num_batches(10) for tail in ("drop", "wrap", "mask")] == [2, 3, 3]
     assert [Batching(5, tail=tail).num_batches(10) for tail in ("drop", "wrap", "mask")] == [2, 2, 2]
-    wrapped = [Batching(4, rank, 2, "wrap").rank_ids(order, 8) for rank in (0, 1)]
-    assert [ids.tolist() for ids, _ in wrapped] == [[8, 9], [0, 1]]
-    assert all(valid.all() for _, valid in wrapped)
-    masked = [Batching(6, rank, 3, "mask").rank_ids(order, 9) for rank in (0, 1, 2)]
-    assert [ids.tolist() for ids, _ in masked] == [[9, -1], [-1, -1], [-1, -1]]
-    assert [valid.tolist() for _, valid in masked] == [[True, False], [False, False], [False, False]]
+    wrapped = [Batching(4, rank, 2, "wrap").rank_places(order, 8) for rank in (0, 1)]
+    assert [part.ids.tolist() for part in wrapped] == [[8, 9], [0, 1]]
+    assert all(part.valid.all() for part in wrapped)
+    masked = [Batching(6, rank, 3, "mask").rank_places(order, 9) for rank in (0, 1, 2)]
+    assert [part.ids.tolist() for part in masked] == [[9, -1], [-1, -1], [-1, -1]]
+    assert [part.valid.tolist() for part in masked] == [[True, False], [False, False], [False, False]]
 
 
 def test_wrap_goes_round_as_often_as_needed() -> None:
-    ids, _ = Batching(8, tail="wrap").rank_ids(EpochOrder("sequential", (3,), 0, 0), 0)
-    assert ids.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    places = Batching(8, tail="wrap").rank_places(EpochOrder("sequential", (3,), 0, 0), 0)
+    assert places.ids.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
 @pytest.mark.parametrize(

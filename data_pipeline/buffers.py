@@ -1,0 +1,45 @@
+"""Memory for batches, used again and again.
+
+Fresh memory is dear: the kernel zeroes each of its pages, which for a batch of 256 images of 224 px takes 30 to 40 ms
+of one core, more than ten times what writing into memory that was used before takes.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+
+import numpy as np
+import torch
+
+
+class Buffers:
+    """Gives out uint8 tensors whose memory comes back when the last tensor over it dies, and not before.
+
+    So a consumer may keep a batch, or a view of it, as long as it likes. Where there is a GPU the memory is pinned and
+    torch recycles it itself, once the copies that were queued from it are done. Nothing here takes a lock: a consumer
+    may let go of a batch in any thread, in a finalizer, and after a fork.
+    """
+
+    def __init__(self, kept: int) -> None:
+        """At most `kept` pieces of memory are held while nobody uses them."""
+        self._kept = kept
+        self._bytes = 0
+        self._free: deque[np.ndarray] = deque(maxlen=kept)
+        self._pin = torch.cuda.is_available()
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A uint8 tensor of this shape with undefined content. Memory for tensors of another size is let go."""
+        if self._pin:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        size = math.prod(shape)
+        if size != self._bytes:
+            self._bytes, self._free = size, deque(maxlen=self._kept)
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = np.empty(size, np.uint8)
+        lent = memory.view()  # an object of its own, which the tensor keeps alive and whose death is noticed
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return torch.from_numpy(lent).view(shape)
