@@ -158,7 +158,7 @@ def stacks_of_threads() -> str:
 def available_cores() -> int:
     """Cores that this process may use: by its affinity (Slurm, taskset) and by its control group (containers)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, int(_cgroup_cores())))
+    return max(1, int(min(cores, _cgroup_cores())))
 
 
 def _cgroup_cores() -> float:
