@@ -6,30 +6,29 @@ damaged is made again, and index.json, written last, says that all of them are t
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.prepare.listing import Listing, cut_into_shards, mixed, source_digest
+from data_pipeline.prepare import folder, parts
+from data_pipeline.prepare.folder import LEFT_OUT_FILE, PROGRESS_FOLDER, locked
+from data_pipeline.prepare.listing import Item, Listing, cut_evenly, cut_into_shards, mixed, source_digest
+from data_pipeline.prepare.load import Loading
 from data_pipeline.prepare.make_shard import LeftOut, ShardJob, ShardResult
 from data_pipeline.prepare.options import BuildOptions
 from data_pipeline.prepare.parallel import run_jobs
 from data_pipeline.shards import set_index, shard_index
-from data_pipeline.shards.files import TEMPORARY_PREFIX, atomic_write
+from data_pipeline.shards.files import TEMPORARY_PREFIX
 from data_pipeline.shards.set_index import SetIndex, SplitIndex
 from data_pipeline.shards.source import DataError
-from data_pipeline.shards.writer import member_bytes
+from data_pipeline.shards.writer import WrittenShard, member_bytes
 
-RECORD_FILE = "prepare.json"
-LEFT_OUT_FILE = "left_out.jsonl"
+Results = dict[str, list[tuple[str, ShardResult]]]
+"""Of each split, (file name of the tar, what became of it) in order."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,21 @@ class Outcome:
     """What a build did."""
 
     index: SetIndex
+    """Of the whole set; of the shards that it made, where it was one part of the work."""
+
     left_out: list[LeftOut]
     shards_written: int
     shards_kept: int
+
+    images_written: int
+    """Those in shards that were written now."""
+
+    counts: dict[str, int]
+    """How many images have which traits (load.Loaded.traits)."""
+
+    counted: int
+    """How many images `counts` is about: all but those in kept shards of which nothing is remembered."""
+
     was_finished: bool
     """index.json was there already, and every shard with it."""
 
@@ -47,62 +58,136 @@ class Outcome:
 def build(listing: Listing, out: Path, options: BuildOptions) -> Outcome:
     """Make the folder `out` hold the listing's images as shards, continuing whatever an earlier run has done.
 
-    Raises DataError where `out` holds something else, where it cannot be written, and where images are unreadable and
-    `options.stop_on_error` is set.
+    With `options.part`, only that share of them, and what `merge` needs to know of it. Raises DataError where `out`
+    holds something else, where it cannot be written, where images are unreadable and `options.stop_on_error` is set,
+    and where the options cannot be followed.
     """
-    record = _record(listing, options)
+    _require_possible(listing, options)
+    another = f"Another run is preparing {out}"
     try:
-        _claim(out, record)
-        with _locked(out):
-            return _build_locked(listing, out, options)
+        folder.claim(out, _record(listing, options))
+        with locked(out, shared=options.part is not None, whose=another):
+            finished = _finished_index(out)
+            if finished is not None and finished.splits.keys() != listing.splits.keys():
+                finished = None  # another set's index
+            if options.part is None or finished is not None:
+                return _build_locked(listing, out, options, finished)
+            with locked(parts.begin(out, options.part), shared=False, whose=f"{another}, part {options.part},"):
+                return _build_locked(listing, out, options, finished)
     except OSError as error:
-        raise DataError(f"{error.filename or out} cannot be used: {error.strerror or error}.") from error
+        raise DataError(folder.why_not_used(out, error)) from error
 
 
-def _build_locked(listing: Listing, out: Path, options: BuildOptions) -> Outcome:
-    finished = _finished_index(out, listing)
+def merge(out: Path, converter: str, options: BuildOptions) -> Outcome:
+    """Write the index of a set whose parts were made one by one. It looks at sizes and indexes, and reads no image.
+
+    Raises DataError where there are no parts, where some are missing, and where they were made with other options.
+    """
+    try:
+        if not out.is_dir():
+            raise DataError(f"There is nothing to merge: there is no folder {out}. Run the parts (--part) first.")
+        with locked(out, shared=False, whose=f"Another run is preparing {out}"):
+            folder.require_options(out, converter, options.recorded())
+            finished = _finished_index(out)
+            if finished is not None and parts.number_of_parts(out) is None:
+                return _look_at_finished(out, finished)
+            merged = parts.collect(out)
+            return _conclude(out, merged.classes, merged.kind, merged.splits)
+    except OSError as error:
+        raise DataError(folder.why_not_used(out, error)) from error
+
+
+def _require_possible(listing: Listing, options: BuildOptions) -> None:
+    if options.recode.max_size is not None and listing.kind != "classification" and listing.resize_target is None:
+        raise DataError(f"--max-size cannot be used with {listing.converter}: its targets would not fit the images.")
+
+
+def _build_locked(listing: Listing, out: Path, options: BuildOptions, finished: SetIndex | None) -> Outcome:
     plan = _plan(listing, out, options, finished)
     jobs = [job for split in plan.values() for job in split]
+    if options.part is not None:
+        jobs = parts.shards_of(jobs, options.part)
     for split in plan:
         (out / split).mkdir(exist_ok=True)
-        _remove_unfinished(out / split)
+        own = {job.path.stem for job in jobs if job.path.parent.name == split}
+        _remove_unfinished(out / split, own if options.part else None)
     missing = [job for job in jobs if not job.path.with_suffix(shard_index.SUFFIX).exists()]
     _require_space(out, missing)
     processes = 1 if finished and not missing else options.jobs  # looking at what is there is quick
-    results = iter(run_jobs(jobs, processes))
-    by_split = {split: [next(results) for _ in split_jobs] for split, split_jobs in plan.items()}
-    for split, split_jobs in plan.items():
-        _remove_leftover_shards(out / split, split_jobs)
-    index = SetIndex(
-        listing.classes, {split: _split_index(plan[split], by_split[split]) for split in plan}, listing.kind
-    )
+    results = dict(zip((job.path for job in jobs), run_jobs(jobs, processes), strict=True))
+    made: Results = {
+        split: [(job.path.name, results[job.path]) for job in split_jobs if job.path in results]
+        for split, split_jobs in plan.items()
+    }
+    if options.part is None:
+        return _conclude(out, listing.classes, listing.kind, made, finished=finished is not None)
+    if finished is None:
+        shares = {
+            split: parts.Share(len(jobs), [(n, results[job.path]) for n, job in enumerate(jobs) if job.path in results])
+            for split, jobs in plan.items()
+        }
+        parts.finish(out, options.part, listing.classes, listing.kind, shares)
+    return _outcome(_set_index(listing.classes, listing.kind, made), made, finished=finished is not None)
+
+
+def _conclude(out: Path, classes: tuple[str, ...], kind: str, results: Results, finished: bool = False) -> Outcome:
+    """All shards are there: write what stands beside them, the index last, and clear away what is not needed."""
+    index = _set_index(classes, kind, results)
     for split, part in index.splits.items():
         if part.total == 0:
             raise DataError(
                 f"None of the {part.left_out} images of the split '{split}' can be read; see the files above."
             )
-    done = [result for split_results in by_split.values() for result in split_results]
-    left_out = [entry for result in done for entry in result.left_out]
-    _write_if_changed(out / LEFT_OUT_FILE, b"".join(_report_line(entry) for entry in left_out))
-    _write_if_changed(out / set_index.FILE_NAME, set_index.to_bytes(index))
+    for split, shards in results.items():
+        _remove_leftover_shards(out / split, {name for name, _ in shards})
+    outcome = _outcome(index, results, finished)
+    folder.write_if_changed(out / LEFT_OUT_FILE, b"".join(_report_line(entry) for entry in outcome.left_out))
+    folder.write_if_changed(out / set_index.FILE_NAME, set_index.to_bytes(index))
+    if (out / PROGRESS_FOLDER).exists():
+        shutil.rmtree(out / PROGRESS_FOLDER)
+    return outcome
+
+
+def _outcome(index: SetIndex, results: Results, finished: bool) -> Outcome:
+    done = [result for shards in results.values() for _, result in shards]
     kept = sum(result.kept for result in done)
-    return Outcome(index, left_out, len(done) - kept, kept, was_finished=finished is not None and kept == len(done))
+    counts: Counter[str] = Counter()
+    for result in done:
+        counts.update(result.counts or {})
+    return Outcome(
+        index,
+        left_out=[entry for result in done for entry in result.left_out],
+        shards_written=len(done) - kept,
+        shards_kept=kept,
+        images_written=sum(result.shard.samples for result in done if not result.kept),
+        counts=dict(counts),
+        counted=sum(result.shard.samples for result in done if result.counts is not None),
+        was_finished=finished and kept == len(done),
+    )
 
 
-def _finished_index(out: Path, listing: Listing) -> SetIndex | None:
-    """The index of a finished output; where it is missing, damaged or another set's, nothing is taken for finished."""
+def _finished_index(out: Path) -> SetIndex | None:
+    """The index of a finished output; where it is missing or damaged, nothing is taken for finished."""
     try:
-        index = set_index.load(out)
+        return set_index.load(out)
     except DataError:
         return None
-    return index if index.splits.keys() == listing.splits.keys() else None
+
+
+def _look_at_finished(out: Path, index: SetIndex) -> Outcome:
+    for split, part in index.splits.items():
+        columns = (part.names, part.samples, part.tar_bytes, part.index_bytes, part.sha256)
+        for name, samples, tar_bytes, index_bytes, sha256 in zip(*columns, strict=True):
+            shard = WrittenShard(int(samples), int(tar_bytes), int(index_bytes), sha256)
+            parts.require_shard(out / split / name, shard, "Run the command without --merge to make it again")
+    return Outcome(index, [], 0, sum(len(part) for part in index.splits.values()), 0, {}, 0, was_finished=True)
 
 
 def _plan(listing: Listing, out: Path, options: BuildOptions, finished: SetIndex | None) -> dict[str, list[ShardJob]]:
     """The shards of every split; raises DataError where a finished output has more or fewer of them."""
     plan = {}
-    for split, items in listing.splits.items():
-        shards = cut_into_shards(mixed(items), options.shard_size)
+    loading = Loading.of(listing, options.recode)
+    for split, shards in _cut(listing, options).items():
         digests = finished.splits[split].sha256 if finished else (None,) * len(shards)
         if len(digests) != len(shards):  # the images' sizes decide on it
             raise DataError(
@@ -110,15 +195,43 @@ def _plan(listing: Listing, out: Path, options: BuildOptions, finished: SetIndex
                 f"of {len(digests)}). Prepare it into another folder, or delete that one first."
             )
         plan[split] = [
-            ShardJob(out / split / f"shard-{number:06d}.tar", shard, listing.read, sha256, options.stop_on_error)
+            ShardJob(
+                out / split / parts.shard_name(number),
+                shard,
+                loading,
+                sha256,
+                options.stop_on_error,
+                out / PROGRESS_FOLDER / "notes" / split / f"{number}.json",
+            )
             for number, (shard, sha256) in enumerate(zip(shards, digests, strict=True))
         ]
     return plan
 
 
-def _split_index(jobs: list[ShardJob], results: list[ShardResult]) -> SplitIndex:
+def _cut(listing: Listing, options: BuildOptions) -> dict[str, list[list[Item]]]:
+    """The items of every split, mixed and cut into shards."""
+    if options.num_shards is None:
+        return {split: cut_into_shards(mixed(items), options.shard_size) for split, items in listing.splits.items()}
+    weights = {split: sum(member_bytes(item.size) for item in items) for split, items in listing.splits.items()}
+    largest = max(weights, key=lambda split: weights[split])
+    images = len(listing.splits[largest])
+    if images < options.num_shards:
+        raise DataError(f"--num-shards {options.num_shards}: the split '{largest}' has only {images} images.")
+    counts = {split: round(options.num_shards * weight / weights[largest]) for split, weight in weights.items()}
+    return {
+        split: cut_evenly(mixed(items), min(max(1, counts[split]), len(items)))
+        for split, items in listing.splits.items()
+    }
+
+
+def _set_index(classes: tuple[str, ...], kind: str, results: Results) -> SetIndex:
+    return SetIndex(classes, {split: _split_index(shards) for split, shards in results.items()}, kind)
+
+
+def _split_index(shards: list[tuple[str, ShardResult]]) -> SplitIndex:
+    results = [result for _, result in shards]
     return SplitIndex(
-        names=tuple(job.path.name for job in jobs),
+        names=tuple(name for name, _ in shards),
         samples=np.array([result.shard.samples for result in results], dtype=np.int64),
         tar_bytes=np.array([result.shard.tar_bytes for result in results], dtype=np.int64),
         index_bytes=np.array([result.shard.index_bytes for result in results], dtype=np.int64),
@@ -131,97 +244,38 @@ def _record(listing: Listing, options: BuildOptions) -> dict[str, object]:
     """What decides the content of the shards; a later run into the same folder must agree with it."""
     return {
         "converter": listing.converter,
-        "options": {**listing.options, "shard_size": options.shard_size.text},
+        "options": {**listing.options, **options.recorded()},
         "images": sum(len(items) for items in listing.splits.values()),
         "source": source_digest(listing),
     }
 
 
-def _claim(out: Path, record: dict[str, object]) -> None:
-    """Make `out` ours, or see that it is; raises DataError where it holds anything else."""
-    path = out / RECORD_FILE
-    if not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        strangers = [name for name in sorted(os.listdir(out)) if not name.startswith(TEMPORARY_PREFIX)]
-        if strangers:
-            raise DataError(f"{out} is not empty (it holds {', '.join(strangers[:3])}); choose a new folder for --out.")
-        with atomic_write(path) as file:
-            file.write((json.dumps(record, indent=1) + "\n").encode())
-        return
-    try:
-        earlier = json.loads(path.read_bytes())
-        differences = _differences(earlier, record)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error}); delete {out} and prepare it again.") from error
-    if differences:
-        raise DataError(
-            f"{out} was made differently: {'; '.join(differences)}. "
-            "Run with the same source and options to continue it, choose another --out, or delete it first."
-        )
+def _remove_unfinished(directory: Path, stems: set[str] | None) -> None:
+    """Remove what a killed run left half written: of the named shards, as other parts may be at work, or of all."""
+    for path in directory.glob(f"{TEMPORARY_PREFIX}*"):
+        if stems is None or path.name.removeprefix(TEMPORARY_PREFIX).split(".")[0] in stems:
+            path.unlink(missing_ok=True)
 
 
-def _differences(earlier: dict[str, object], now: dict[str, object]) -> list[str]:
-    if earlier["converter"] != now["converter"]:
-        return [f"with '{earlier['converter']}', not '{now['converter']}'"]
-    before, after = dict(earlier["options"]), dict(now["options"])  # type: ignore[call-overload]
-    found = [
-        f"{name.replace('_', '-')} was {before.get(name, 'not given')}, now {after.get(name, 'not given')}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
-    if not found and earlier["source"] != now["source"]:
-        found.append(f"from a source of {earlier['images']:,} images; this one has {now['images']:,}, or other names")
-    return found
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keep a second run out of the folder. The lock goes with the process, however it ends."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            os.close(descriptor)
-            raise DataError(f"Another run is preparing {out} at this moment; wait for it to end.") from error
-        # A network file system without locks on folders: shards are still written whole, under names of their own.
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-
-
-def _remove_unfinished(folder: Path) -> None:
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        path.unlink(missing_ok=True)
-
-
-def _remove_leftover_shards(folder: Path, jobs: list[ShardJob]) -> None:
+def _remove_leftover_shards(directory: Path, names: set[str]) -> None:
     """Remove shards that an interrupted run with other image sizes left beyond the present last one."""
-    planned = {job.path.name for job in jobs} | {job.path.with_suffix(shard_index.SUFFIX).name for job in jobs}
-    for path in folder.glob("shard-*"):
-        if path.name not in planned:
+    stems = {Path(name).stem for name in names}
+    for path in directory.glob("shard-*"):
+        if path.stem not in stems:
             path.unlink()
 
 
 def _require_space(out: Path, jobs: list[ShardJob]) -> None:
-    needed = sum(member_bytes(item.size) for job in jobs for item in job.items)
+    """How small images become is known only when they are; without --max-size, the tars' size is known to the byte."""
+    known = not jobs or jobs[0].loading.recode.max_size is None
+    needed = sum(member_bytes(item.size if known else 0) for job in jobs for item in job.items)
     free = shutil.disk_usage(out).free
     if needed > free:
-        raise DataError(f"The disk of {out} has {free / 1e9:.1f} GB free; the shards need {needed / 1e9:.1f} GB.")
+        raise DataError(
+            f"The disk of {out} has {free / 1e9:.1f} GB free; the shards need {'' if known else 'more than '}"
+            f"{needed / 1e9:.1f} GB."
+        )
 
 
 def _report_line(entry: LeftOut) -> bytes:
     return (json.dumps({"split": entry.split, "path": entry.path, "reason": entry.reason}) + "\n").encode()
-
-
-def _write_if_changed(path: Path, content: bytes) -> None:
-    """Write the file, or remove it where there is nothing to say."""
-    if path.exists() and path.read_bytes() == content:
-        return
-    if not content:
-        path.unlink(missing_ok=True)
-        return
-    with atomic_write(path) as file:
-        file.write(content)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from data_pipeline.prepare import digits, imagefolder
-from data_pipeline.prepare.build import LEFT_OUT_FILE, Outcome, build
-from data_pipeline.prepare.listing import Listing, ShardSize
+from data_pipeline.prepare import digits, imagefolder, options
+from data_pipeline.prepare.build import Outcome, build, merge
+from data_pipeline.prepare.folder import LEFT_OUT_FILE
+from data_pipeline.prepare.listing import Listing
 from data_pipeline.prepare.make_shard import printable
 from data_pipeline.prepare.options import BuildOptions
 from data_pipeline.shards.source import DataError
@@ -42,9 +42,14 @@ _SHOWN = 20
 
 _EPILOG = """\
 The output is OUT/SPLIT/shard-000000.tar ... (plain WebDataset tars: KEY.jpg and KEY.cls), an index beside each, and
-OUT/index.json, written last. The same input gives the same bytes. A run that was interrupted is continued by the same
-command: finished shards are verified and kept. A run on a finished output checks names and sizes, and does nothing;
-`python -m data_pipeline.inspect` checks every byte.
+OUT/index.json, written last. Images are copied byte by byte, unless an option says otherwise; each is decoded once, as
+strictly as training does it, and what cannot be decoded is reported. The same input gives the same bytes.
+
+A run that was interrupted is continued by the same command: finished shards are compared with the source and kept. A
+run on a finished output checks names and sizes, and does nothing; `python -m data_pipeline.verify` checks every byte.
+
+Several jobs can share the work, such as a Slurm array: each runs the command with --part I/N, and when all have ended,
+one runs it with --merge. The result is the same as that of one run, byte for byte.
 
 exit codes: 0 done; 1 error, nothing usable or unfinished; 2 wrong usage; 3 done, but some images could not be read and
 are left out (they are listed, and written to OUT/left_out.jsonl); 130 interrupted.
@@ -53,12 +58,16 @@ are left out (they are listed, and written to OUT/left_out.jsonl); 130 interrupt
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare shards as the arguments say; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        chosen = options.from_arguments(arguments)
+    except ValueError as error:
+        parser.error(str(error))
     started = time.monotonic()
     try:
-        listing = _list_source(arguments)
-        options = BuildOptions(arguments.shard_size, arguments.jobs, arguments.on_error == "stop")
-        outcome = build(listing, arguments.out, options)
+        listing = None if arguments.merge else _list_source(arguments)
+        outcome = _prepare(arguments, listing, chosen)
     except DataError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return EXIT_ERROR
@@ -68,8 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue: finished shards are kept.", file=sys.stderr)
         return EXIT_INTERRUPTED
-    _print_summary(arguments.out, listing, outcome, time.monotonic() - started)
+    if listing is not None:
+        _print_passed_over(listing)
+    _print_summary(arguments.out, chosen, outcome, time.monotonic() - started)
     return EXIT_LEFT_OUT if outcome.left_out else EXIT_DONE
+
+
+def _prepare(arguments: argparse.Namespace, listing: Listing | None, chosen: BuildOptions) -> Outcome:
+    if listing is None:
+        return merge(arguments.out, arguments.converter, chosen)
+    return build(listing, arguments.out, chosen)
 
 
 def _list_source(arguments: argparse.Namespace) -> Listing:
@@ -81,25 +98,33 @@ def _list_source(arguments: argparse.Namespace) -> Listing:
     return listing
 
 
-def _print_summary(out: Path, listing: Listing, outcome: Outcome, seconds: float) -> None:
-    _print_some("left out", [f"{printable(entry.path)}: {printable(entry.reason)}" for entry in outcome.left_out])
+def _print_passed_over(listing: Listing) -> None:
     _print_some("passed over, being in no class folder", [printable(name) for name in listing.outside])
     if listing.ignored:
         kinds = ", ".join(f"{kind} ({count:,})" for kind, count in listing.ignored.items())
         print(f"passed over, being no images: {printable(kinds)}")
+
+
+def _print_summary(out: Path, chosen: BuildOptions, outcome: Outcome, seconds: float) -> None:
+    _print_some("left out", [f"{printable(entry.path)}: {printable(entry.reason)}" for entry in outcome.left_out])
     if outcome.was_finished:
         print(f"{out} was complete already; nothing was done.")
-    total = 0
+    part = f"part {chosen.part}: " if chosen.part and not outcome.was_finished else ""
     for name, split in outcome.index.splits.items():
-        total += split.total
         left_out = f", {split.left_out:,} images left out" if split.left_out else ""
-        print(f"{name}: {split}{left_out}")
+        print(f"{part}{name}: {split}{left_out}")
+    if outcome.counts:
+        counts = ", ".join(f"{count:,} {trait}" for trait, count in sorted(outcome.counts.items()))
+        print(f"of {outcome.counted:,} images: {counts}")
     if not outcome.was_finished:
-        rate = f"{total / seconds:,.0f} images/s, " if outcome.shards_kept == 0 else ""
+        rate = f"{outcome.images_written / seconds:,.0f} images/s, " if outcome.images_written else ""
         print(
-            f"{out}: {len(outcome.index.classes):,} classes; {outcome.shards_written} shards written, "
+            f"{part}{out}: {len(outcome.index.classes):,} classes; {outcome.shards_written} shards written, "
             f"{outcome.shards_kept} kept; {rate}{seconds:.1f} s"
         )
+    if part:
+        print(f"when all {chosen.part.of if chosen.part else 0} parts have ended: the same command with --merge")
+        return
     if outcome.left_out:
         print(f"{len(outcome.left_out):,} images could not be read and are left out: see {out / LEFT_OUT_FILE}")
     print(f"look at it: python -m data_pipeline.inspect {out}")
@@ -126,43 +151,5 @@ def _parser() -> argparse.ArgumentParser:
         own.set_defaults(list_source=converter.list_source)
         converter.add_arguments(own)
         own.epilog = f"{own.epilog or ''}\n{_EPILOG}".lstrip()
-        _add_common_arguments(own)
+        options.add_arguments(own)
     return parser
-
-
-def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the shards")
-    parser.add_argument(
-        "--shard-size",
-        type=_shard_size,
-        default=ShardSize.parse("64MB"),
-        metavar="SIZE",
-        help="the largest shard: samples (10000) or bytes (64MB, 256MiB); default 64MB",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=_jobs,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes; default: the %(default)s cores this program may use",
-    )
-    parser.add_argument(
-        "--on-error",
-        choices=("skip", "stop"),
-        default="skip",
-        help="at an unreadable image: leave it out, report it and end with exit code 3 (skip, the default); "
-        "or stop at once with exit code 1",
-    )
-
-
-def _shard_size(text: str) -> ShardSize:
-    try:
-        return ShardSize.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _jobs(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of processes; give 1 or more")
-    return int(text)

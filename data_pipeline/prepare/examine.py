@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 from dataclasses import dataclass
 
-from data_pipeline.decode import DecodeError, decode_image
+from data_pipeline.decode import DecodeError, _exif_orientation, decode_image
 from data_pipeline.shards.shard_index import SUBSAMPLINGS
 
 _JPEG_START = b"\xff\xd8"
-_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # of Pillow's formats whose extension is not their name
+_PROGRESSIVE_FRAMES = (0xC2, 0xC6, 0xCA, 0xCE)
+_ORIENTATION_TAG = 0x0112
+_EXTENSIONS = {"TIFF": "tif"}  # of Pillow's formats whose extension is not their name
+
+CMYK, PROGRESSIVE, GRAYSCALE = "CMYK", "progressive", "grayscale"
+ROTATED, NOT_JPEG = "rotated by EXIF", "not JPEG"
 _MEMORY_ADDRESS = re.compile(r" ?<_io\.BytesIO[^>]*>")  # in Pillow's messages; it differs from run to run
 
 
@@ -29,6 +35,17 @@ class ImageFacts:
     extension: str
     """What the file's content says that its extension should be, whatever it is called."""
 
+    orientation: int = 1
+    """As EXIF notes it, 1 (upright) to 8."""
+
+    traits: tuple[str, ...] = ()
+    """What is unusual about the file: "CMYK", "progressive", "grayscale", "rotated by EXIF", "not JPEG"."""
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """(height, width) as a viewer shows it."""
+        return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+
 
 def examine(data: bytes) -> ImageFacts:
     """Decode an image exactly as strictly as training will, and say what it is; raises UnreadableImageError."""
@@ -44,12 +61,40 @@ def examine(data: bytes) -> ImageFacts:
 
 
 def _jpeg_facts(data: bytes) -> ImageFacts:
+    frame, components, height, width = _frame(data)
+    orientation = _exif_orientation(data)
+    found = {
+        CMYK: components == 4,
+        PROGRESSIVE: frame in _PROGRESSIVE_FRAMES,
+        GRAYSCALE: components == 1,
+        ROTATED: orientation != 1,
+    }
+    traits = tuple(trait for trait, present in found.items() if present)
+    return ImageFacts(width, height, _subsampling(data), "jpg", orientation, traits)
+
+
+def _frame(data: bytes) -> tuple[int, int, int, int]:
+    """(marker of the frame, components, height, width) of a JPEG that can be decoded."""
+    position = 2
+    while position + 10 <= len(data):
+        marker = data[position + 1]
+        if data[position] != 0xFF or marker == 0xFF:  # fill bytes
+            position += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width, components = struct.unpack_from(">HHB", data, position + 5)
+            return marker, components, height, width
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    raise UnreadableImageError("damaged JPEG: no frame header")
+
+
+def _subsampling(data: bytes) -> str:
     try:
         import simplejpeg
     except ImportError:
-        return _other_facts(data)
-    height, width, _, subsampling = simplejpeg.decode_jpeg_header(data)
-    return ImageFacts(width, height, subsampling if subsampling in SUBSAMPLINGS else "other", "jpg")
+        return "other"
+    subsampling = simplejpeg.decode_jpeg_header(data)[3]
+    return subsampling if subsampling in SUBSAMPLINGS else "other"
 
 
 def _other_facts(data: bytes) -> ImageFacts:
@@ -57,5 +102,9 @@ def _other_facts(data: bytes) -> ImageFacts:
 
     with Image.open(io.BytesIO(data)) as image:
         name = image.format or ""
-        extension = _EXTENSIONS.get(name, name.lower())
-        return ImageFacts(image.width, image.height, "other" if extension == "jpg" else "not a JPEG", extension)
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        orientation = orientation if orientation in range(1, 9) else 1
+        traits = (NOT_JPEG,) if orientation == 1 else (NOT_JPEG, ROTATED)
+        return ImageFacts(
+            image.width, image.height, "not a JPEG", _EXTENSIONS.get(name, name.lower()), orientation, traits
+        )

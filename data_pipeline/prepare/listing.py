@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -49,6 +51,10 @@ class SourceFiles:
     """The PNG of a mask or the JSON of annotations, where the set is one for a dense task."""
 
 
+ResizeTarget = Callable[[bytes, tuple[int, int], tuple[int, int]], bytes]
+"""(target, (height, width) of the upright image before, and after) -> target; picklable."""
+
+
 @dataclass(frozen=True)
 class Listing:
     """Everything a source holds."""
@@ -77,6 +83,9 @@ class Listing:
 
     target_extension: str = ""
     """Of the target's file in the tar, such as "seg.png"; empty for classification."""
+
+    resize_target: ResizeTarget | None = None
+    """Fits a target to an image that was made smaller; without it, a set with targets cannot be made smaller."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,16 @@ def cut_into_shards(items: Sequence[Item], size: ShardSize) -> list[list[Item]]:
         placed += weight
         filled += weight
     return shards
+
+
+def cut_evenly(items: Sequence[Item], count: int) -> list[list[Item]]:
+    """`count` consecutive runs of items (of which there are at least as many), about equally large in bytes."""
+    ends = list(itertools.accumulate(member_bytes(item.size) for item in items))
+    bounds = [0]
+    for number in range(1, count):
+        at = bisect.bisect_left(ends, ends[-1] * number / count) + 1
+        bounds.append(min(max(at, bounds[-1] + 1), len(items) - (count - number)))
+    return [list(items[start:end]) for start, end in itertools.pairwise([*bounds, len(items)])]
 
 
 def hold_out(items: Sequence[Item], count: int) -> tuple[list[Item], list[Item]]:

@@ -1,35 +1,89 @@
-"""From an item of a listing to what goes into a shard: read it, examine it, or say why it cannot be used."""
+"""From an item of a listing to what goes into a shard: read it, examine it, encode it anew, or say why it is no use."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from data_pipeline.prepare import recode
 from data_pipeline.prepare.examine import ImageFacts, UnreadableImageError, examine
-from data_pipeline.prepare.listing import Item, SourceFiles
+from data_pipeline.prepare.listing import Item, Kind, Listing, ResizeTarget, SourceFiles
+from data_pipeline.prepare.options import Recode
 
-Read = Callable[[Item], SourceFiles]
+RESIZED = "made smaller"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the items of one listing are loaded; picklable."""
+
+    read: Callable[[Item], SourceFiles]
+    kind: Kind = "classification"
+    target_extension: str = ""
+    resize_target: ResizeTarget | None = None
+    recode: Recode = field(default_factory=Recode)
+
+    @classmethod
+    def of(cls, listing: Listing, recode: Recode) -> Loading:
+        return cls(listing.read, listing.kind, listing.target_extension, listing.resize_target, recode)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """An item's files, proved to be usable."""
+    """An item's files as they go into a shard, proved to be usable."""
 
     files: SourceFiles
     facts: ImageFacts
+    """Of the image in `files`."""
+
+    rows: tuple[int, ...] = ()
+    """Where the pieces of a JPEG with restart rows begin (data_pipeline.restart_rows), in bytes; empty without them."""
+
+    traits: tuple[str, ...] = ()
+    """What is worth counting: what the source's image was, and what was done to it."""
 
 
-def load(item: Item, read: Read) -> Loaded:
-    """Read an item and decode its image as strictly as training does; raises UnreadableImageError saying why not."""
-    files = read_files(item, read)
-    return Loaded(files, examine(files.image))
+def load(item: Item, loading: Loading) -> Loaded:
+    """Read an item, decode its image as strictly as training does, and change it as `loading.recode` says.
+
+    Raises UnreadableImageError saying why it cannot be used.
+    """
+    return usable(read_files(item, loading), loading)
 
 
-def read_files(item: Item, read: Read) -> SourceFiles:
-    """An item's files; raises UnreadableImageError where they cannot be read."""
+def read_files(item: Item, loading: Loading) -> SourceFiles:
+    """An item's files as the source holds them; raises UnreadableImageError where they cannot be read."""
     try:
-        return read(item)
+        return loading.read(item)
     except OSError as error:
         raise UnreadableImageError(error.strerror or str(error)) from error
     except ValueError as error:  # the converter says what is wrong with what it found
         raise UnreadableImageError(str(error)) from error
+
+
+def usable(files: SourceFiles, loading: Loading) -> Loaded:
+    """The files of an item as they go into a shard; raises UnreadableImageError."""
+    if loading.target_extension and files.target is None:
+        raise UnreadableImageError(f"there is no {loading.target_extension} for it")
+    facts = examine(files.image)
+    loaded = Loaded(files, facts, traits=facts.traits)
+    max_size = loading.recode.max_size
+    if max_size is not None and min(facts.width, facts.height) > max_size:
+        loaded = _resized(loaded, max_size, loading)
+    return loaded
+
+
+def checksum(files: SourceFiles) -> int:
+    """CRC-32 of an item's files as the source holds them."""
+    return zlib.crc32(files.target or b"", zlib.crc32(files.image))
+
+
+def _resized(loaded: Loaded, max_size: int, loading: Loading) -> Loaded:
+    before = loaded.facts
+    image = recode.smaller(loaded.files.image, max_size, loading.recode.quality, grey=before.subsampling == "Gray")
+    facts = examine(image)
+    target = loaded.files.target
+    if target is not None and loading.resize_target is not None:
+        target = loading.resize_target(target, before.upright_size, (facts.height, facts.width))
+    return Loaded(SourceFiles(image, target), facts, traits=(*loaded.traits, RESIZED))

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import errno
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from data_pipeline.prepare.examine import UnreadableImageError
+from data_pipeline.prepare.folder import why_not_written
 from data_pipeline.prepare.listing import Item
-from data_pipeline.prepare.load import Loaded, Read, load, read_files
+from data_pipeline.prepare.load import Loaded, Loading, checksum, load, read_files, usable
+from data_pipeline.prepare.notes import Note, SourceDigest, read_note, source_now
 from data_pipeline.shards import shard_index
 from data_pipeline.shards.files import sha256_of_file
 from data_pipeline.shards.shard_index import ShardIndex
 from data_pipeline.shards.source import DataError
 from data_pipeline.shards.writer import EncodedSample, OtherContentError, WrittenShard, write_shard
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,16 @@ class ShardJob:
     """Of the tar."""
 
     items: list[Item]
-    read: Read
+    loading: Loading
 
     finished_sha256: str | None
     """Of the tar, where the data set was finished before: the shard must be that one, and the source unchanged."""
 
     stop_on_error: bool
     """An unreadable image is an error instead of being left out."""
+
+    note: Path
+    """Where an unfinished run remembers what it knows about this shard."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +60,39 @@ class ShardResult:
     kept: bool
     """It was there already."""
 
+    counts: dict[str, int] | None
+    """How many of its images have which traits (load.Loaded.traits); None where that is not known any more."""
+
 
 @dataclass
 class _Reading:
-    """Reads and examines the images of a job, and remembers those that cannot be used."""
+    """Loads the images of a job, and remembers what was found."""
 
     job: ShardJob
     advance: Callable[[int], None]
     left_out: list[LeftOut] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    digest: SourceDigest = field(default_factory=SourceDigest)
 
     def samples(self) -> Iterator[EncodedSample]:
         for item in self.job.items:
-            usable = self.load(item)
-            if usable is not None:
-                yield _encoded(item, usable)
+            loaded = self.load(item)
+            if loaded is not None:
+                self.counts.update(loaded.traits)
+                yield _encoded(item, loaded, self.job.loading)
             self.advance(1)
 
     def load(self, item: Item) -> Loaded | None:
-        """The item's files and facts, or None after noting that it is left out."""
+        """The item as it goes into the shard, or None after noting that it is left out."""
+        crc32 = None
         try:
-            return load(item, self.job.read)
+            files = read_files(item, self.job.loading)
+            crc32 = checksum(files)
+            return usable(files, self.job.loading)
         except UnreadableImageError as error:
             reason = str(error)
+        finally:
+            self.digest.add(item, crc32)
         if self.job.stop_on_error:
             raise DataError(
                 f"{printable(item.name)} cannot be used: {reason}. Repair it, or leave such images out with "
@@ -86,7 +102,7 @@ class _Reading:
         return None
 
 
-def _encoded(item: Item, loaded: Loaded) -> EncodedSample:
+def _encoded(item: Item, loaded: Loaded, loading: Loading) -> EncodedSample:
     facts = loaded.facts
     return EncodedSample(
         item.key, facts.extension, loaded.files.image, item.label, facts.width, facts.height, facts.subsampling
@@ -103,13 +119,18 @@ def make_shard(job: ShardJob, advance: Callable[[int], None]) -> ShardResult:
         advance(len(job.items))
         return kept
     reading = _Reading(job, advance)
+    path = job.path
     try:
-        shard = write_shard(job.path, reading.samples(), job.finished_sha256)
+        shard = write_shard(path, reading.samples(), job.finished_sha256)
+        if job.finished_sha256 is None:
+            path = job.note
+            left_out = [(entry.path, entry.reason) for entry in reading.left_out]
+            Note(shard.sha256, reading.digest.hexdigest(), left_out, dict(reading.counts)).write(path)
     except OtherContentError as error:
         raise _source_changed(job) from error
     except OSError as error:
-        raise DataError(_why_not_written(job.path, error)) from error
-    return ShardResult(shard, reading.left_out, kept=False)
+        raise DataError(why_not_written(path, error)) from error
+    return ShardResult(shard, reading.left_out, kept=False, counts=dict(reading.counts))
 
 
 def _kept_shard(job: ShardJob) -> ShardResult | None:
@@ -122,6 +143,13 @@ def _kept_shard(job: ShardJob) -> ShardResult | None:
     header = index.header
     if status.st_size != header.tar_bytes or job.finished_sha256 not in (None, header.tar_sha256.hex()):
         return None
+    written = WrittenShard(header.samples, header.tar_bytes, header.file_bytes, header.tar_sha256.hex())
+    if job.finished_sha256 is None:
+        note = read_note(job.note)
+        if note is not None and note.sha256 == written.sha256:
+            return _kept_by_note(job, written, note)
+        if job.loading.recode.changes_bytes:
+            return None  # only making it again would tell
     reading = _Reading(job, lambda count: None)
     if not _same_source(reading, index, written=status.st_mtime):
         if job.finished_sha256:
@@ -129,8 +157,16 @@ def _kept_shard(job: ShardJob) -> ShardResult | None:
         return None
     if not job.finished_sha256 and sha256_of_file(job.path) != header.tar_sha256:
         return None
-    written = WrittenShard(header.samples, header.tar_bytes, header.file_bytes, header.tar_sha256.hex())
-    return ShardResult(written, reading.left_out, kept=True)
+    return ShardResult(written, reading.left_out, kept=True, counts=None)
+
+
+def _kept_by_note(job: ShardJob, written: WrittenShard, note: Note) -> ShardResult | None:
+    if note.left_out and job.stop_on_error:
+        return None  # making it again says which image stops it
+    if note.source != source_now(job.items, job.loading) or sha256_of_file(job.path).hex() != written.sha256:
+        return None
+    left_out = [LeftOut(job.path.parent.name, path, reason) for path, reason in note.left_out]
+    return ShardResult(written, left_out, kept=True, counts=note.counts)
 
 
 def _source_changed(job: ShardJob) -> DataError:
@@ -146,36 +182,43 @@ def _same_source(reading: _Reading, index: ShardIndex, written: float) -> bool:
     In a finished set, files changed after the shard was `written` are compared by content. In one that is not, all are:
     a file copied with its old time is no older for that, and no index would give the difference away later.
     """
-    compare_all = reading.job.finished_sha256 is None
+    job = reading.job
+    compare_all = job.finished_sha256 is None
+    copied = not job.loading.recode.changes_bytes
     rows = {key: row for row, key in enumerate(index.keys)}
-    for item in reading.job.items:
+    for item in job.items:
         row = rows.pop(item.key, None)
         if row is None:
             if reading.load(item) is not None:  # it was unreadable once, and no longer is
                 return False
             continue
         record = index.records[row]
-        if (record["label"], record["size"]) != (item.label, item.size):
+        if record["label"] != item.label:
             return False
-        if (compare_all or item.modified > written) and _checksum_now(reading.job, item) != record["crc32"]:
+        if not item.modified:
+            continue
+        if copied and record["size"] != item.size:
+            return False
+        if (compare_all or item.modified > written) and _crc32s_now(job, item) != _crc32s(record):
             return False
     return not rows
 
 
-def _checksum_now(job: ShardJob, item: Item) -> int | None:
+def _crc32s(record: np.void) -> tuple[int, ...]:
+    """Of a sample's image and target, by its record in the shard's index."""
+    return (int(record["crc32"]),)
+
+
+def _crc32s_now(job: ShardJob, item: Item) -> tuple[int, ...] | None:
+    """Of an item's image and target as they would go into the shard; None where they would not."""
     try:
-        return zlib.crc32(read_files(item, job.read).image)
+        if job.loading.recode.changes_bytes:
+            files = load(item, job.loading).files
+        else:
+            files = read_files(item, job.loading)
     except UnreadableImageError:
         return None
-
-
-def _why_not_written(path: Path, error: OSError) -> str:
-    if error.errno in _DISK_FULL:
-        return (
-            f"The disk is full: {path} could not be written ({error.strerror}). Free some space and run the same "
-            "command again: finished shards are kept."
-        )
-    return f"{path} could not be written: {error.strerror or error}."
+    return (zlib.crc32(files.image),)
 
 
 def printable(name: str) -> str:

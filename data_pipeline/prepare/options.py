@@ -1,10 +1,64 @@
-"""What can be chosen for every converter: how shards are cut, by how many processes, and what is done at an error."""
+"""What can be chosen for every converter, how it is typed, and how it is remembered in prepare.json."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
 
 from data_pipeline.prepare.listing import ShardSize
+
+DEFAULT_QUALITY = 90
+_DEFAULT_SHARD_SIZE = "64MB"
+_T = TypeVar("_T")
+
+COMMON_OPTIONS = ("shard_size", "num_shards", "max_size", "quality", "restart_rows")
+"""What BuildOptions.recorded may hold; prepare.json keeps these beside the converter's own."""
+
+
+@dataclass(frozen=True)
+class Recode:
+    """What is done to images on their way into a shard. Without any of it they stay as they are, byte for byte."""
+
+    max_size: int | None = None
+    """An image whose shorter side has more pixels is made smaller, so that it has this many."""
+
+    quality: int = DEFAULT_QUALITY
+    """Of the JPEGs that are made where an image is encoded anew, 1 to 100."""
+
+    restart_rows: bool = False
+    """Put a restart marker after every row of blocks of a JPEG, which changes no pixel."""
+
+    @property
+    def changes_bytes(self) -> bool:
+        """Whether an image in a shard may differ from its file in the source."""
+        return self.max_size is not None or self.restart_rows
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several jobs that share the work: `number` of `of`, counted from 1."""
+
+    number: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Read "3/16"; raises ValueError saying what is wrong."""
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if match is None:
+            raise ValueError(f"'{text}' is no part; give its number and how many there are, such as 3/16")
+        number, of = int(match[1]), int(match[2])
+        if not 1 <= number <= of:
+            raise ValueError(f"there is no part {text}: parts are counted from 1/{of} to {of}/{of}")
+        return cls(number, of)
 
 
 @dataclass(frozen=True)
@@ -14,3 +68,119 @@ class BuildOptions:
     shard_size: ShardSize
     jobs: int
     stop_on_error: bool
+
+    num_shards: int | None = None
+    """How many shards the largest split gets, in place of `shard_size`; other splits get shards about as large."""
+
+    recode: Recode = field(default_factory=Recode)
+
+    part: Part | None = None
+    """Make only this share of the shards."""
+
+    def recorded(self) -> dict[str, str]:
+        """The choices on which the content depends, as prepare.json keeps them."""
+        found = (
+            {"shard_size": self.shard_size.text} if self.num_shards is None else {"num_shards": f"{self.num_shards}"}
+        )
+        if self.recode.max_size is not None:
+            found |= {"max_size": f"{self.recode.max_size}", "quality": f"{self.recode.quality}"}
+        if self.recode.restart_rows:
+            found["restart_rows"] = "yes"
+        return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that all converters share."""
+    shards = parser.add_argument_group("shards")
+    shards.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the shards")
+    cut = shards.add_mutually_exclusive_group()
+    cut.add_argument(
+        "--shard-size",
+        type=_checked(ShardSize.parse),
+        metavar="SIZE",
+        help="the largest shard: samples (10000) or bytes (64MB, 256MiB) of the images as the source holds them; "
+        f"default {_DEFAULT_SHARD_SIZE}",
+    )
+    cut.add_argument(
+        "--num-shards",
+        type=_checked(_count),
+        metavar="N",
+        help="cut the largest split into N shards, and the others into shards about as large",
+    )
+    images = parser.add_argument_group("images")
+    images.add_argument(
+        "--max-size",
+        type=_checked(_count),
+        metavar="PIXELS",
+        help="make an image whose shorter side is longer than this smaller, so that it is this long (exact decoding, "
+        "upright, Lanczos), and encode it as JPEG; without it, and where an image is small enough, bytes are copied",
+    )
+    images.add_argument(
+        "--quality",
+        type=_checked(_quality),
+        metavar="Q",
+        help=f"of the JPEGs that --max-size makes, 1 to 100; default {DEFAULT_QUALITY}",
+    )
+    images.add_argument(
+        "--on-error",
+        choices=("skip", "stop"),
+        default="skip",
+        help="at an unreadable image: leave it out, report it and end with exit code 3 (skip, the default); "
+        "or stop at once with exit code 1",
+    )
+    work = parser.add_argument_group("work")
+    work.add_argument(
+        "--jobs",
+        type=_checked(_count),
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes; default: the %(default)s cores this program may use",
+    )
+    share = work.add_mutually_exclusive_group()
+    share.add_argument(
+        "--part",
+        type=_checked(Part.parse),
+        metavar="I/N",
+        help="make only part I of N, such as 3/16; the parts may run at the same time, on any nodes that share DIR",
+    )
+    share.add_argument(
+        "--merge", action="store_true", help="after all parts: check that they are there and write the index"
+    )
+
+
+def from_arguments(arguments: argparse.Namespace) -> BuildOptions:
+    """The choices that were typed; raises ValueError where they do not fit together."""
+    if arguments.quality is not None and arguments.max_size is None:
+        raise ValueError("--quality is that of images made smaller by --max-size; without it, nothing is encoded anew")
+    return BuildOptions(
+        shard_size=arguments.shard_size or ShardSize.parse(_DEFAULT_SHARD_SIZE),
+        jobs=arguments.jobs,
+        stop_on_error=arguments.on_error == "stop",
+        num_shards=arguments.num_shards,
+        recode=Recode(arguments.max_size, arguments.quality or DEFAULT_QUALITY),
+        part=arguments.part,
+    )
+
+
+def _checked(parse: Callable[[str], _T]) -> Callable[[str], _T]:
+    """`parse`, whose ValueError argparse then shows as it is."""
+
+    def parse_argument(text: str) -> _T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse_argument
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d{0,8}", text):
+        raise ValueError(f"'{text}' is no number of 1 or more")
+    return int(text)
+
+
+def _quality(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise ValueError(f"'{text}' is no JPEG quality; give 1 to 100")
+    return int(text)

@@ -431,7 +431,7 @@ def test_a_full_disk_is_said_in_one_sentence_and_loses_nothing(
 
     def full_after_two_shards(descriptor: int) -> None:
         calls.append(stat.S_ISREG(os.fstat(descriptor).st_mode))
-        if sum(calls) > 6:  # prepare.json, then a tar and an index for each shard
+        if sum(calls) > 8:  # prepare.json, then a tar, an index and a note for each shard
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
