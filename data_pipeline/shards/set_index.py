@@ -22,8 +22,9 @@ from data_pipeline.shards.source import DataError
 
 FILE_NAME = "index.json"
 FORMAT = "webdataset-shards"
-VERSION = 1
-_COLUMNS = ("name", "samples", "bytes", "index_bytes", "sha256")
+VERSION = 2
+_COLUMNS = ("name", "samples", "bytes", "index_bytes")
+_DIGEST_CHARACTERS = 64
 
 
 @dataclass(frozen=True)
@@ -75,25 +76,36 @@ class SetIndex:
     def fingerprint(self, split: str) -> str:
         """A digest of the classes and of a split's samples, labels and places (all of which the tars hold)."""
         index = self.splits[split]
-        return _digest([FORMAT, VERSION, list(self.classes), index.samples.tolist(), list(index.sha256)])
+        # packed numbers and digests, because half a million shards as JSON take too long
+        result = hashlib.sha256(_digest([FORMAT, VERSION, list(self.classes)]).encode())
+        result.update(index.samples.astype("<i8").tobytes())
+        result.update(bytes.fromhex("".join(index.sha256)))
+        return result.hexdigest()
 
 
 def to_bytes(index: SetIndex) -> bytes:
     """The content of index.json."""
     splits = {name: _split_to_json(index, name) for name in index.splits}
-    content = {"format": FORMAT, "version": VERSION, "kind": index.kind, "classes": list(index.classes), "splits": splits}
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": index.kind,
+        "classes": list(index.classes),
+        "splits": splits,
+    }
     content["fingerprint"] = _digest({name: split["fingerprint"] for name, split in splits.items()})
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _split_to_json(index: SetIndex, name: str) -> dict[str, Any]:
     split = index.splits[name]
-    columns = (split.names, split.samples.tolist(), split.tar_bytes.tolist(), split.index_bytes.tolist(), split.sha256)
+    columns = (split.names, split.samples.tolist(), split.tar_bytes.tolist(), split.index_bytes.tolist())
     return {
         "samples": split.total,
         "left_out": split.left_out,
         "fingerprint": index.fingerprint(name),
-        "shards": dict(zip(_COLUMNS, columns, strict=True)),
+        # all digests in one text: a list of half a million is slow to read
+        "shards": {**dict(zip(_COLUMNS, columns, strict=True)), "sha256": "".join(split.sha256)},
     }
 
 
@@ -145,9 +157,10 @@ def _why_missing(folder: Path) -> str:
 
 
 def _split_from_json(split: dict[str, Any]) -> SplitIndex:
-    names, samples, tar_bytes, index_bytes, sha256 = (split["shards"][column] for column in _COLUMNS)
-    counts = (len(names), len(samples), len(tar_bytes), len(index_bytes), len(sha256))
-    if len(set(counts)) != 1:
+    names, samples, tar_bytes, index_bytes = (split["shards"][column] for column in _COLUMNS)
+    digests, each = split["shards"]["sha256"], _DIGEST_CHARACTERS
+    counts = {len(names), len(samples), len(tar_bytes), len(index_bytes)}
+    if len(counts) != 1 or len(digests) != each * len(names):
         raise ValueError("the columns of the shard table have different lengths")
     if any("/" in name or name.startswith(".") for name in names):
         raise ValueError("a shard's name points outside its folder")
@@ -156,7 +169,7 @@ def _split_from_json(split: dict[str, Any]) -> SplitIndex:
         samples=np.array(samples, dtype=np.int64),
         tar_bytes=np.array(tar_bytes, dtype=np.int64),
         index_bytes=np.array(index_bytes, dtype=np.int64),
-        sha256=tuple(sha256),
+        sha256=tuple(digests[start : start + each] for start in range(0, len(digests), each)),
         left_out=int(split["left_out"]),
     )
 

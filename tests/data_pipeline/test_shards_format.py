@@ -147,7 +147,8 @@ def test_set_index_survives_writing_and_reading(shard_folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        (("splits", "train", "shards", "sha256", 0), "0" * 64),
+        (("splits", "train", "shards", "sha256"), "0" * 64 * 4),
+        (("splits", "train", "shards", "sha256"), "0" * 65),
         (("splits", "train", "shards", "samples", 0), 5),
         (("splits", "train", "shards", "samples"), [6]),
         (("splits", "train", "shards", "name", 0), "../elsewhere.tar"),
