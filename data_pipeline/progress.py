@@ -10,8 +10,8 @@ from data_pipeline.shards.source import DataError
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show progress towards `total` images on standard error; yields the function to tell of each n images done."""
+def progress_bar(what: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
+    """Show progress towards `total` on standard error; yields the function to tell of each n images (or files) done."""
     try:
         from rich.console import Console
         from rich.progress import (
@@ -28,7 +28,7 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("images, elapsed"),
+        TextColumn(f"{unit}, elapsed"),
         TimeElapsedColumn(),
         TextColumn("remaining"),
         TimeRemainingColumn(),

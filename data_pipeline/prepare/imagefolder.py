@@ -86,7 +86,7 @@ def list_image_folder(source: Path, splits: Sequence[str] | None, val_fraction: 
     passed_over = _PassedOver()
     if val_fraction is not None:
         classes = _class_folders(source, source, passed_over)
-        train, val = _held_out(_items(source, source, classes, passed_over), val_fraction, source)
+        train, val = held_out(_items(source, source, classes, passed_over), val_fraction, source)
         options = {"val_fraction": str(val_fraction)}
         return _listing(source, options, classes, {"train": train, "val": val}, passed_over)
     names = list(splits) if splits else ["train", "val"]
@@ -223,7 +223,8 @@ def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, float]:
     return status.st_size, status.st_mtime
 
 
-def _held_out(items: list[Item], fraction: float, source: Path) -> tuple[list[Item], list[Item]]:
+def held_out(items: list[Item], fraction: float, source: Path) -> tuple[list[Item], list[Item]]:
+    """(To train on, held out) by --val-fraction; raises DataError where that leaves nothing for one of them."""
     if not 0 < fraction < 1:
         raise DataError(f"--val-fraction must lie between 0 and 1, not {fraction}.")
     if not items:
