@@ -10,6 +10,8 @@ from types import ModuleType
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.restart_rows import RestartRows
+
 Image = npt.NDArray[np.uint8]
 
 _JPEG_START = b"\xff\xd8"
@@ -30,7 +32,7 @@ class DecodeError(Exception):
     """The bytes are not a complete, undamaged image. The message says what was found."""
 
 
-def decode_image(image: bytes | Image) -> Image:
+def decode_image(image: bytes | Image | RestartRows) -> Image:
     """Decode an image file to RGB, uint8 (H, W, 3), as a viewer would show it.
 
     JPEG goes through simplejpeg (libjpeg-turbo) with the fast DCT and fast chroma upsampling, or through Pillow where
@@ -46,6 +48,8 @@ def decode_image(image: bytes | Image) -> Image:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise DecodeError(f"decoded pixels must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
         return image
+    if isinstance(image, RestartRows):
+        image = image.whole()
     simplejpeg = _simplejpeg()
     if simplejpeg is not None and image[:2] == _JPEG_START:
         return _decode_jpeg(simplejpeg, image)

@@ -8,24 +8,30 @@ import resource
 import threading
 import zlib
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.config import DataConfig
+from data_pipeline.restart_rows import RestartRows
 from data_pipeline.shards import set_index, shard_index
 from data_pipeline.shards.set_index import SplitIndex
+from data_pipeline.shards.shard_index import Record
 from data_pipeline.shards.source import DamagedSampleError, DataError, RawSample
 
 _MAX_OPEN_SHARDS = 512
+# A larger set is opened without looking for its files: a million of them take a shared file system minutes.
+_MOST_SHARDS_LOOKED_AT = 20_000
 
 
 def open_source(config: DataConfig, split: str) -> TarSource:
     """Open one split of the prepared shards in `config.path`.
 
-    Every shard must be there with the size that the index states, and the number of classes must be
-    `config.num_classes`. Raises DataError saying what is wrong and what to do.
+    Every shard must be there with the size that the index states (in a set of more than 20,000 shards what is missing
+    is found out when it is to be read), and the number of classes must be `config.num_classes`. Raises DataError saying
+    what is wrong and what to do.
     """
     if not config.path:
         raise DataError(
@@ -37,7 +43,8 @@ def open_source(config: DataConfig, split: str) -> TarSource:
         raise DataError(f"{folder} has no split '{split}'; it has {', '.join(sorted(index.splits))}.")
     if len(index.classes) != config.num_classes:
         raise DataError(f"{folder} has {len(index.classes)} classes, but the configuration says {config.num_classes}.")
-    check_files(folder / split, index.splits[split])
+    if len(index.splits[split]) <= _MOST_SHARDS_LOOKED_AT:
+        check_files(folder / split, index.splits[split])
     return TarSource(folder, split, index)
 
 
@@ -84,8 +91,9 @@ def file_problems(folder: Path, split: SplitIndex) -> list[tuple[str, str]]:
 class TarSource:
     """One split of prepared shards; a data_pipeline.shards.source.Source.
 
-    Nothing is held per sample: a read finds its place in the shard's index file, then reads the image's bytes. At
-    most a bounded number of shards is open at a time; the least recently used are closed first.
+    Nothing is held per sample: a read finds its place in the shard's index file, then reads the image's bytes, except
+    those of an image with restart rows: its rows are read, and proved, when they are asked for. At most a bounded
+    number of shards is open at a time; the least recently used are closed first.
     """
 
     def __init__(self, folder: Path, split: str, index: set_index.SetIndex) -> None:
@@ -120,10 +128,10 @@ class TarSource:
         return int(self._first[-1])
 
     def read(self, index: int) -> RawSample:
-        """The sample at `index`, its bytes proved to be those that were written.
+        """The sample at `index`, its bytes (of image and target) proved to be those that were written.
 
         Raises DamagedSampleError where they are not, IndexError out of range, DataError for a shard whose files were
-        taken away or replaced.
+        taken away or replaced. An image with restart rows comes as RestartRows, whose `read` raises the same.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self._folder / self._split}")
@@ -133,16 +141,20 @@ class TarSource:
         shard = self._shard(number)
         try:
             record = shard_index.read_record(shard.read_index, shard.header, row)
-            image = shard.read_tar(record.size, record.offset)
         except ValueError as error:
             raise DamagedSampleError(name, f"number {row}", str(error)) from error
         except OSError as error:
             raise DataError(f"shard {self._folder / name} cannot be read: {error}") from error
-        if len(image) != record.size:
-            raise DamagedSampleError(name, record.key, "the shard ends within the image: it was cut short")
-        if zlib.crc32(image) != record.crc32:
-            raise DamagedSampleError(name, record.key, "the image's bytes were changed (checksum differs)")
-        return RawSample(record.key, image, record.label, name)
+        stored = _Stored(shard, self._folder / name, name, record)
+        image: bytes | RestartRows
+        if record.row_offsets:
+            image = RestartRows(len(record.row_offsets), stored.pieces)
+        else:
+            image = stored.proved(record.offset, record.size, record.crc32, "image")
+        target = None
+        if record.target_size:
+            target = stored.proved(record.target_offset, record.target_size, record.target_crc32, "target")
+        return RawSample(record.key, image, record.label, name, target)
 
     def close(self) -> None:
         """Close all files. Reading afterwards is an error."""
@@ -172,7 +184,7 @@ class TarSource:
             shard = _OpenShard(path)
         except (OSError, ValueError) as error:
             raise DataError(
-                f"shard {path} cannot be used any more: {error}. It was there when it was opened."
+                f"shard {path} cannot be used: {error}. Copy it anew, or run the prepare command that made it again."
             ) from error
         header = shard.header
         stated = (int(self._shards.samples[number]), self._shards.sha256[number])
@@ -182,6 +194,47 @@ class TarSource:
                 f"it does not fit {self._folder / set_index.FILE_NAME}. Prepare or copy the data set anew."
             )
         return shard
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where one sample's bytes lie. Keeps its shard open."""
+
+    shard: _OpenShard
+    path: Path
+    name: str
+    """Of the shard within the data set."""
+
+    record: Record
+
+    def proved(self, offset: int, size: int, crc32: int, what: str) -> bytes:
+        """Bytes of the tar whose checksum is known. Raises DamagedSampleError, DataError."""
+        data = self._read(offset, size, what)
+        if zlib.crc32(data) != crc32:
+            raise DamagedSampleError(self.name, self.record.key, f"the {what}'s bytes were changed (checksum differs)")
+        return data
+
+    def pieces(self, first: int, stop: int) -> bytes:
+        """The pieces first <= piece < stop of an image with restart rows, each proved by its own checksum."""
+        ends = (*self.record.row_offsets, self.record.size)
+        begin = ends[first]
+        data = self._read(self.record.offset + begin, ends[stop] - begin, "image")
+        view = memoryview(data)
+        for piece in range(first, stop):
+            if zlib.crc32(view[ends[piece] - begin : ends[piece + 1] - begin]) != self.record.row_crc32s[piece]:
+                raise DamagedSampleError(
+                    self.name, self.record.key, "the image's bytes were changed (checksum of a restart row differs)"
+                )
+        return data
+
+    def _read(self, offset: int, size: int, what: str) -> bytes:
+        try:
+            data = self.shard.read_tar(size, offset)
+        except OSError as error:
+            raise DataError(f"shard {self.path} cannot be read: {error}") from error
+        if len(data) != size:
+            raise DamagedSampleError(self.name, self.record.key, f"the shard ends within the {what}: it was cut short")
+        return data
 
 
 class _OpenShard:

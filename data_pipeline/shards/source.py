@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.restart_rows import RestartRows
+
 
 class DataError(Exception):
     """The data set as a whole cannot be used: missing, cut short, stale or of another kind. The message says which."""
@@ -36,14 +38,18 @@ class RawSample:
     key: str
     """Unique within the split."""
 
-    image: bytes | npt.NDArray[np.uint8]
-    """An encoded image file, or decoded RGB pixels of shape (H, W, 3)."""
+    image: bytes | npt.NDArray[np.uint8] | RestartRows
+    """An encoded image file; or decoded RGB pixels of shape (H, W, 3); or a JPEG whose rows are read when they are
+    asked for, which may then raise DamagedSampleError."""
 
     label: int
-    """Class index in [0, num_classes)."""
+    """Class index in [0, num_classes); -1 where the sample has none."""
 
     shard: str
     """The shard's path within the data set, for messages."""
+
+    target: bytes | None = None
+    """What a dense task is to learn: the file of a mask (PNG) or of annotations (JSON)."""
 
 
 @runtime_checkable

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from data_pipeline.shards import shard_index
-from data_pipeline.shards.shard_index import Records, ShardIndex
+from data_pipeline.shards.shard_index import ShardIndex
 from data_pipeline.shards.source import DataError
 from data_pipeline.shards.writer import LABEL_EXTENSION
 
@@ -43,7 +45,7 @@ def load_matching_index(path: Path, sha256: str) -> ShardIndex:
 
 
 def verify_shard(path: Path, index: ShardIndex, advance: Callable[[int], None]) -> Iterator[Damage]:
-    """Read the tar `path` once and yield every damage: of the whole, of tar headers, images and labels.
+    """Read the tar `path` once and yield every damage: of the whole, of tar headers, images, labels and targets.
 
     `advance(n)` is told of every n samples checked.
     """
@@ -56,14 +58,16 @@ def verify_shard(path: Path, index: ShardIndex, advance: Callable[[int], None]) 
         digest.update(file.read(begins[0]))
         for row, key in enumerate(index.keys):
             span = _read_span(file, begins[row + 1] - begins[row], digest.update)
-            what = _sample_damage(span, index.records[row : row + 1], key)
+            what = _sample_damage(span, index, row)
             if what:
                 found += 1
                 yield Damage(shard, key, what)
             advance(1)
         digest.update(file.read())
     if digest.digest() != index.header.tar_sha256 and not found:
-        yield Damage(shard, "", "bytes outside of the images, labels and tar headers were changed (SHA-256 differs)")
+        yield Damage(
+            shard, "", "bytes outside of the images, labels, targets and tar headers were changed (SHA-256 differs)"
+        )
 
 
 def _read_span(file: BinaryIO, size: int, update: Callable[[bytes], None]) -> bytes:
@@ -72,19 +76,18 @@ def _read_span(file: BinaryIO, size: int, update: Callable[[bytes], None]) -> by
     return span
 
 
-def _sample_damage(span: bytes, record: Records, key: str) -> str | None:
-    """What is wrong with a sample, given its piece of the tar: header, image, header, label."""
-    header, size = int(record["header"][0]), int(record["size"][0])
+def _sample_damage(span: bytes, index: ShardIndex, number: int) -> str | None:
+    """What is wrong with a sample, given its piece of the tar: tar header and content of image, label and target."""
+    record, key = index.records[number], index.keys[number]
+    header, size = int(record["header"]), int(record["size"])
     image = span[header : header + size]
     if len(image) < size:
         return "lost: the shard ends before it"
-    if zlib.crc32(image) != record["crc32"][0]:
+    if zlib.crc32(image) != record["crc32"]:
         return "the image's bytes were changed (checksum differs)"
     try:
         with tarfile.open(fileobj=io.BytesIO(span), mode="r:") as tar:
             members = tar.getmembers()
-            contents = [tar.extractfile(member) for member in members]
-            label = contents[1].read() if len(contents) == 2 and contents[1] else b""
     except tarfile.TarError as error:
         return f"the tar header of the image is damaged ({error})"
     if (
@@ -94,8 +97,30 @@ def _sample_damage(span: bytes, record: Records, key: str) -> str | None:
         or members[0].size != size
     ):
         return "the tar header of the image is damaged"
-    if len(members) != 2 or members[1].name != f"{key}.{LABEL_EXTENSION}":
+    others = [(member.name, span[member.offset_data :][: member.size], member.offset_data) for member in members[1:]]
+    return _label_damage(others, key, int(record["label"])) or _target_damage(others, key, record)
+
+
+def _label_damage(others: list[tuple[str, bytes, int]], key: str, label: int) -> str | None:
+    """What is wrong with a sample's label, if it has one, which is taken out of `others` (name, content, place)."""
+    if label == shard_index.NO_LABEL:
+        return None
+    if not others or others[0][0] != f"{key}.{LABEL_EXTENSION}":
         return "the tar header of the label is damaged"
-    if label != str(record["label"][0]).encode():
-        return f"the label is {label!r} in the tar and {record['label'][0]} in the index"
+    content = others.pop(0)[1]
+    if content != str(label).encode():
+        return f"the label is {content!r} in the tar and {label} in the index"
+    return None
+
+
+def _target_damage(others: list[tuple[str, bytes, int]], key: str, record: np.void) -> str | None:
+    """What is wrong with a sample's target, given all members of the tar after the label."""
+    size = int(record["target_size"])
+    if not size:
+        return "the tar header of the label is damaged" if others else None
+    place = int(record["header"]) + int(record["size"]) + int(record["target_gap"])
+    if len(others) != 1 or not others[0][0].startswith(f"{key}.") or others[0][2] != place or len(others[0][1]) != size:
+        return "the tar header of the target is damaged"
+    if zlib.crc32(others[0][1]) != record["target_crc32"]:
+        return "the target's bytes were changed (checksum differs)"
     return None

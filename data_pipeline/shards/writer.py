@@ -27,7 +27,8 @@ class OtherContentError(Exception):
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample as it goes into a tar: KEY.EXTENSION with the image file's bytes, KEY.cls with the label in decimal."""
+    """A sample as it goes into a tar: KEY.EXTENSION with the image file's bytes; KEY.cls with the label in decimal,
+    where it has one; KEY.TARGET_EXTENSION with the target of a dense task, where it has one."""
 
     key: str
     """Unique within the split, without a dot (webdataset takes the extension from the first dot on)."""
@@ -37,10 +38,26 @@ class EncodedSample:
 
     image: bytes
     label: int
+    """Class index; -1: the sample has none."""
+
     width: int
+    """As stored, before a rotation noted in EXIF; so is `height`."""
+
     height: int
     subsampling: str
     """One of shard_index.SUBSAMPLINGS."""
+
+    orientation: int = 1
+    """As EXIF notes it, 1 (upright) to 8."""
+
+    target: bytes | None = None
+    """What a dense task is to learn: the file of a mask or of annotations, not empty."""
+
+    target_extension: str = ""
+    """Of the target, such as "seg.png" or "json"."""
+
+    restart_rows: tuple[int, ...] = ()
+    """Where the pieces of a JPEG with restart rows begin, as data_pipeline.restart_rows gives them; empty without."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +73,23 @@ class WrittenShard:
 def write_shard(path: Path, samples: Iterable[EncodedSample], sha256: str | None = None) -> WrittenShard:
     """Write the tar `path` and, after it, its index; each appears whole or not at all.
 
-    Raises OSError where writing fails, ValueError for a key with a dot or a repeated one, and OtherContentError where
-    the tar's SHA-256 would not be `sha256`; whatever was at `path` then stays.
+    Raises OSError where writing fails, ValueError for a key with a dot or a repeated one and for fields that contradict
+    each other, and OtherContentError where the tar's SHA-256 would not be `sha256`; whatever was at `path` then stays.
     """
     keys: list[str] = []
-    rows: list[tuple[int, ...]] = []
+    records: list[tuple[int, ...]] = []
+    rows: list[shard_index.Rows] = []
     digest = hashlib.sha256()
     position = 0
     with atomic_write(path) as file:
         for sample in samples:
-            header, body = _member(f"{sample.key}.{sample.extension}", sample.image)
-            block = header + body + b"".join(_member(f"{sample.key}.{LABEL_EXTENSION}", str(sample.label).encode()))
+            keys.append(_checked(sample.key))
+            members = _members(sample)
+            block = b"".join(members)
             file.write(block)
             digest.update(block)
-            rows.append(_row(sample, position + len(header), len(header)))
-            keys.append(_checked(sample.key))
+            records.append(_record(sample, position, members))
+            rows.append(_rows(sample))
             position += len(block)
         end = bytes(_end_of_archive(position))
         file.write(end)
@@ -80,15 +99,18 @@ def write_shard(path: Path, samples: Iterable[EncodedSample], sha256: str | None
             raise ValueError(f"{path}: a key occurs twice")
         if sha256 not in (None, digest.hexdigest()):
             raise OtherContentError(f"{path} would have the SHA-256 {digest.hexdigest()}, not {sha256}")
-    packed = shard_index.pack(np.array(rows, dtype=shard_index.RECORD), keys, position, digest.digest())
+    table = np.array(records, dtype=shard_index.RECORD)
+    packed = shard_index.pack(table, keys, rows, position, digest.digest())
     with atomic_write(path.with_suffix(shard_index.SUFFIX)) as file:
         file.write(packed)
     return WrittenShard(len(keys), position, len(packed), digest.hexdigest())
 
 
-def member_bytes(size: int) -> int:
-    """Bytes that a sample with an image of `size` bytes takes in a tar (when its name is not overlong)."""
-    return 3 * tarfile.BLOCKSIZE + size + -size % tarfile.BLOCKSIZE
+def member_bytes(size: int, target_size: int | None = None) -> int:
+    """Bytes that a sample with an image of `size` bytes takes in a tar (when its name is not overlong): with its label,
+    or with a target of `target_size` bytes instead."""
+    second = tarfile.BLOCKSIZE if target_size is None else target_size + -target_size % tarfile.BLOCKSIZE
+    return 2 * tarfile.BLOCKSIZE + size + -size % tarfile.BLOCKSIZE + second
 
 
 def _checked(key: str) -> str:
@@ -97,16 +119,56 @@ def _checked(key: str) -> str:
     return key
 
 
-def _row(sample: EncodedSample, offset: int, header: int) -> tuple[int, ...]:
-    checksum = zlib.crc32(sample.image)
+def _members(sample: EncodedSample) -> list[bytes]:
+    """Tar header, padded content, tar header, padded content, ... of the image, then the label, then the target."""
+    files = [(sample.extension, sample.image)]
+    if sample.label >= 0:
+        files.append((LABEL_EXTENSION, str(sample.label).encode()))
+    if sample.target is not None:
+        if not sample.target or not sample.target_extension:
+            raise ValueError(f"the target of '{sample.key}' is empty or has no extension")
+        files.append((sample.target_extension, sample.target))
+    members: list[bytes] = []
+    for extension, content in files:
+        padding = bytes(-len(content) % tarfile.BLOCKSIZE)
+        members += (tar_header(f"{sample.key}.{extension}", len(content)), content + padding)
+    return members
+
+
+def _record(sample: EncodedSample, position: int, members: list[bytes]) -> tuple[int, ...]:
+    """The fields of shard_index.RECORD of a sample that begins at `position`; those that `pack` fills in are 0."""
+    header, size = len(members[0]), len(sample.image)
+    label = shard_index.NO_LABEL if sample.label < 0 else sample.label
+    target_gap = target_size = target_crc32 = 0
+    if sample.target is not None:
+        target_gap = sum(map(len, members[:-1])) - header - size
+        target_size, target_crc32 = len(sample.target), zlib.crc32(sample.target)
     subsampling = shard_index.SUBSAMPLINGS.index(sample.subsampling)
-    size = len(sample.image)
-    return (offset, size, checksum, header, sample.label, sample.width, sample.height, 0, 0, subsampling, 0)
+    return (
+        *(
+            position + header,
+            size,
+            zlib.crc32(sample.image),
+            header,
+            label,
+            sample.width,
+            sample.height,
+            0,
+            0,
+            subsampling,
+        ),
+        *(target_gap, target_size, target_crc32, 0, 0, sample.orientation, 0),
+    )
 
 
-def _member(name: str, data: bytes) -> tuple[bytes, bytes]:
-    """Tar header and padded content."""
-    return tar_header(name, len(data)), data + bytes(-len(data) % tarfile.BLOCKSIZE)
+def _rows(sample: EncodedSample) -> shard_index.Rows:
+    """The sample's entries of the row table."""
+    starts = sample.restart_rows
+    ends = (*starts[1:], len(sample.image)) if starts else ()
+    if starts and (starts[0] != 0 or any(start >= end for start, end in zip(starts, ends, strict=True))):
+        raise ValueError(f"the restart rows of '{sample.key}' do not divide its image")
+    entries = [(start, zlib.crc32(sample.image[start:end])) for start, end in zip(starts, ends, strict=True)]
+    return np.array(entries, dtype=shard_index.ROW)
 
 
 def tar_header(name: str, size: int) -> bytes:

@@ -173,7 +173,8 @@ def test_a_shard_cut_after_opening_damages_only_the_samples_beyond_the_cut(copy:
 def test_an_index_of_another_shard_is_refused(copy: Path) -> None:
     path = copy / "train" / "shard-000001.idx"
     index = shard_index.load(path)
-    stale = shard_index.pack(index.records, list(index.keys), index.header.tar_bytes, bytes(32))
+    rows = [index.rows_of(number) for number in range(len(index.keys))]
+    stale = shard_index.pack(index.records, list(index.keys), rows, index.header.tar_bytes, bytes(32))
     path.write_bytes(stale)
     source = open_source(_config(copy), "train")
     assert source.read(0).shard == "train/shard-000000.tar"
