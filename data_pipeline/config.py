@@ -197,6 +197,11 @@ class DataConfig:
         sizes = [size for first, size in self.image_size_schedule if first <= epoch]
         return sizes[-1] if sizes else self.image_size
 
+    @property
+    def largest_image_size(self) -> int:
+        """Height and width of the largest images of a run, in pixels."""
+        return max([self.image_size, *(size for _, size in self.image_size_schedule)])
+
     def __post_init__(self) -> None:
         limits = {"num_classes": 1, "image_size": 8, "num_threads": -1, "prefetch": 0, "block_shards": 1}
         for name, least in (limits | {"max_bad_samples": 0, "canonical_nodes": 1}).items():

@@ -67,6 +67,13 @@ class Config:
                 f"2i+1 of the global batch are mixed with each other; got {self.steps.micro_batch_size}"
             )
 
+        streams = self.data.canonical_nodes if self.data.order == "block" else 1
+        if streams > 1 and self.steps.global_batch_size % (2 * streams):
+            raise ValueError(
+                f"steps.global_batch_size: must be a multiple of {2 * streams}, twice data.canonical_nodes, so that "
+                f"the streams of order 'block' advance together in pairs; got {self.steps.global_batch_size}"
+            )
+
     @property
     def run_dir(self) -> Path:
         """Folder of this run."""

@@ -58,7 +58,7 @@ def estimate(config: Config, network: nn.Module, ranks: int) -> Memory:
         gathered = 2 * block * compute + block * FLOAT32 + (count * FLOAT32 if accumulation > 1 else 0)
     else:
         held, gathered = count, count * BFLOAT16 if compute == BFLOAT16 else 0
-    share, side = config.steps.share(ranks), config.data.image_size
+    share, side = config.steps.share(ranks), config.data.largest_image_size
     micro = min(config.steps.micro_batch_size, share)
     return Memory(
         weights=held * FLOAT32,
@@ -97,7 +97,7 @@ def activations(config: Config, micro_batch_size: int) -> int:
 
     plain = without_start(config)
     task = build_task(plain.task, plain.model, plain.data)
-    side = config.data.image_size
+    side = config.data.largest_image_size
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         network = task.build_model()
         if config.engine.activation_checkpointing != "none":

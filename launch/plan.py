@@ -60,7 +60,7 @@ def size(config: Config, network: nn.Module) -> list[tuple[str, str]]:
     """Parameters and arithmetic."""
     from launch.memory import parameters
 
-    side = config.data.image_size
+    side = config.data.largest_image_size
     rows = [("model", config.model.name), ("parameters", f"{parameters(network):,}")]
     if hasattr(network, "macs"):
         macs = network.macs(side, side)  # type: ignore[operator]

@@ -43,6 +43,11 @@ def test_base_files_are_relative_to_the_file_and_overrides_come_last(tmp_path: P
         ("engine: {name: horovod}", "engine.name: Input should be 'ddp' or 'fsdp'"),
         ("optimizer: {betas: [0.9]}", "optimizer.betas"),
         ("steps: {micro_batch_size: 3}", "micro_batch_size: must be even while mixing is on"),
+        (
+            "{steps: {global_batch_size: 1000}, data: {order: block, canonical_nodes: 8}}",
+            "steps.global_batch_size: must be a multiple of 16, twice data.canonical_nodes",
+        ),
+        ("data: {image_size_schedule: [[1, 160]]}", "image_size_schedule: epochs must rise from 0"),
         ("name: ../elsewhere", "no folder name"),
         ("- a\n- b", "a configuration is a mapping"),
         ("a: [", "not valid YAML"),

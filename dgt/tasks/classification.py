@@ -38,7 +38,6 @@ class Classification:
         self.config = config
         self.model_config = model
         self.num_classes = data.num_classes
-        self.image_size = data.image_size
 
     def build_model(self) -> nn.Module:
         """The configured network with one output per class.
@@ -55,9 +54,9 @@ class Classification:
             )
         return model
 
-    def macs(self, network: nn.Module) -> int | None:
-        """Multiply-accumulates at the training size; None for networks that are not ours."""
-        return network.macs(self.image_size, self.image_size) if isinstance(network, DGT) else None
+    def macs(self, network: nn.Module, image_size: int) -> int | None:
+        """Multiply-accumulates of one square image; None for networks that are not ours."""
+        return network.macs(image_size, image_size) if isinstance(network, DGT) else None
 
     def loss(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Sum over samples of the smoothed cross-entropy; a mixed sample's target is the mixture of both labels.

@@ -34,8 +34,9 @@ class Task(Protocol):
         """The network, freshly initialised from torch's global generator."""
         ...
 
-    def macs(self, network: nn.Module) -> int | None:
-        """Multiply-accumulates of one forward pass of one training image; None where the network does not say."""
+    def macs(self, network: nn.Module, image_size: int) -> int | None:
+        """Multiply-accumulates of one forward pass of one square image of that many pixels a side; None where the
+        network does not say."""
         ...
 
     def loss(self, model: nn.Module, inputs: Inputs) -> Tensor:

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +56,9 @@ class Size:
     steps_per_epoch: int
     global_batch_size: int
     world_size: int
-    macs_per_image: int | None
-    """Multiply-accumulates of one forward pass of one image; None where the network does not say."""
+    macs_per_image: Callable[[int], int | None]
+    """Epoch, from 0 -> multiply-accumulates of one forward pass of one of its images (whose size may change with the
+    epoch); None where the network does not say."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Monitor:
         self.size = size
         self.is_main = is_main
         self.seconds = self.waited = 0.0
-        self.steps = 0
+        self.steps = self.macs = 0
         self.folder = folder
         self.curves: SummaryWriter | None = None
         self.has_failed = False
@@ -122,12 +123,17 @@ class Monitor:
         self.curves = None  # its writing thread has ended with the error
         self.has_failed = True
 
+    def reports(self, step: int) -> bool:
+        """Whether this step is reported; the same on every rank."""
+        return step % self.config.log_every == 0 or step == self.size.total_steps
+
     def step(self, step: int, seconds: float, waited: float, scalars: Mapping[str, float]) -> None:
         """Notes one optimizer step (`seconds` long, `waited` of them for data) and reports when it is time to."""
         self.seconds += seconds
         self.waited += waited
         self.steps += 1
-        if not self.is_main or (step % self.config.log_every and step != self.size.total_steps):
+        self.macs += self.size.global_batch_size * (self.size.macs_per_image(self.epoch(step)) or 0)
+        if not self.is_main or not self.reports(step):
             return
         rate = self.steps * self.size.global_batch_size / self.seconds
         rates = {
@@ -136,12 +142,12 @@ class Monitor:
             "speed/data_wait": self.waited / self.seconds,
             "speed/memory_gb": memory_gb(),
         }
-        if (mfu := self.mfu(rate)) is not None:
+        if (mfu := self.mfu()) is not None:
             rates["speed/mfu"] = mfu
         log.info(self.line(step, scalars, rates))
         self.write(step, {**scalars, **rates})
         self.seconds = self.waited = 0.0
-        self.steps = 0
+        self.steps = self.macs = 0
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Reports the metrics of one evaluation."""
@@ -171,13 +177,17 @@ class Monitor:
             with suppress(OSError):
                 self.curves.close()
 
-    def mfu(self, images_per_s: float) -> float | None:
+    def epoch(self, step: int) -> int:
+        """The epoch of a step, from 0."""
+        return (step - 1) // self.size.steps_per_epoch
+
+    def mfu(self) -> float | None:
         """Model FLOP utilisation: 2 operations per multiply-accumulate, backward twice forward; None if unknown."""
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-        if peak is None or self.size.macs_per_image is None:
+        if peak is None or not self.macs:
             return None
-        return 6 * self.size.macs_per_image * images_per_s / (peak * self.size.world_size)
+        return 6 * self.macs / (self.seconds * peak * self.size.world_size)
 
     def line(self, step: int, scalars: Mapping[str, float], rates: Mapping[str, float]) -> str:
         """The console line: where we are, how it goes, how fast, how long still."""
@@ -186,7 +196,7 @@ class Monitor:
         done = round(20 * step / total)
         left = (total - step) * rates["speed/step_seconds"]
         return (
-            f"epoch {(step - 1) // self.size.steps_per_epoch + 1:>{len(str(epochs))}}/{epochs} "
+            f"epoch {self.epoch(step) + 1:>{len(str(epochs))}}/{epochs} "
             f"[{'=' * done}{' ' * (20 - done)}] step {step:>{len(str(total))}}/{total}  "
             f"loss {scalars['train/loss']:.4f}  lr {scalars['train/lr']:.2e}  "
             f"{rates['speed/images_per_s']:.0f} images/s  data wait {100 * rates['speed/data_wait']:.0f} %  "

@@ -3,6 +3,7 @@
 OUTPUT_DIR/NAME/
     config.yaml      the resolved configuration
     metrics.jsonl    one line per logged step and per evaluation
+    quarantine.jsonl one line per damaged sample that was met (data_pipeline/quarantine.py); absent while there is none
     tensorboard/     the same as curves
     checkpoints/     see dgt/training/checkpoint.py
     logs/            one file per rank, appended by every attempt
@@ -31,6 +32,8 @@ MAY_CHANGE = (
     "data.num_threads",
     "data.prefetch",
     "data.max_bad_samples",
+    "data.stall_seconds",
+    "data.cache.",
     "steps.micro_batch_size",
     "steps.max_steps",
     "steps.max_skipped_in_a_row",
@@ -58,6 +61,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object per line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def quarantine(self) -> Path:
+        """Damaged samples, one JSON object per line."""
+        return self.path / "quarantine.jsonl"
 
     @property
     def tensorboard(self) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -50,7 +52,7 @@ def train(config: Config, interruption: Interruption | None = None) -> Outcome:
             return stack.enter_context(
                 build_loader(
                     config.data, split, train=training, global_batch_size=batch_size,
-                    rank=world.rank, world_size=world.size, seed=config.seed,
+                    rank=world.rank, world_size=world.size, seed=config.seed, quarantine=folder.quarantine,
                 )
             )  # fmt: skip
 
@@ -135,9 +137,18 @@ class Trainer:
         progress.step += 1
         progress.data = self.training_data.state_dict()
         scalars = {"train/loss": result.loss, "train/lr": lr, "train/grad_norm": result.grad_norm}
+        if self.monitor.reports(progress.step):
+            scalars |= self.data_scalars(batch)
         self.monitor.step(progress.step, time.perf_counter() - started + waited, waited, scalars)
         if result.skipped:
             self.report_skipped(batch)
+
+    def data_scalars(self, batch: Batch) -> dict[str, float]:
+        """What the data pipeline of all ranks together counted since the last report; all ranks call it."""
+        totals: Counter[str] = Counter()
+        for stats in self.world.gather(self.training_data.stats()):
+            totals.update(stats)
+        return {"data/image_size": float(batch.images.shape[1])} | {f"data/{k}": float(v) for k, v in totals.items()}
 
     def report_skipped(self, batch: Batch) -> None:
         """Says which samples gave a gradient that is not finite. Raises DivergedError after too many such steps."""
@@ -224,7 +235,11 @@ class Trainer:
 
     def open_monitor(self) -> Monitor:
         """The reports of this attempt, from the step it starts at."""
-        macs = self.task.macs(self.engine.network)
+
+        @functools.cache
+        def macs(epoch: int) -> int | None:
+            return self.task.macs(self.engine.network, self.config.data.train_image_size(epoch))
+
         size = Size(self.last_step, self.steps_per_epoch, self.config.steps.global_batch_size, self.world.size, macs)
         resumed = Resumed(self.progress.step, self.evaluation_is_due())
         return Monitor(self.config.monitor, self.folder, size, resumed, self.world.is_main)

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dgt.training.monitor import Monitor, MonitorConfig, Resumed, Size, clock
 from dgt.training.run_folder import RunFolder
 
-SIZE = Size(total_steps=12, steps_per_epoch=6, global_batch_size=8, world_size=1, macs_per_image=None)
+SIZE = Size(total_steps=12, steps_per_epoch=6, global_batch_size=8, world_size=1, macs_per_image=lambda epoch: None)
 
 
 def report(folder: RunFolder, resumed_at: int, last: int, loss: float) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,14 @@ WORLD_SIZE = 2
 
 def train_and_die(config: Config, die_at: int | None, where: str = "step") -> dict[str, Any]:
     """One attempt in one rank, SIGKILLed at step `die_at`: after it, within its evaluation, before a commit."""
-    served: list[tuple[int, list[int]]] = []
+    served: list[tuple[int, list[int], int]] = []
     groupings = 0
     original = {name: getattr(Trainer, name) for name in ("step", "save")}
     original_totals = Classification.totals
 
     def step(self: Trainer, batch: Any, waited: float) -> None:
         original["step"](self, batch, waited)
-        served.append((self.progress.step, batch.ids.tolist()))
+        served.append((self.progress.step, batch.ids.tolist(), batch.images.shape[1]))
         if where == "step" and self.progress.step == die_at and self.world.rank == 1:
             kill_self()
 
@@ -61,7 +63,7 @@ def train_and_die(config: Config, die_at: int | None, where: str = "step") -> di
 def losses(config: Config) -> list[dict[str, Any]]:
     """All lines of metrics.jsonl without the ones that measure time and memory."""
     rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith("speed/") and "_seconds" not in k} for row in rows]
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
@@ -79,14 +81,39 @@ def final(config: Config) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors_of(path), checkpoint.verify(path).manifest["progress"]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_three_sigkills_change_no_bit_of_the_run(tmp_path: Path, engine: str) -> None:
-    undisturbed = small_config(tmp_path / "undisturbed", engine)
+def growing(folder: Path) -> Config:
+    """Larger images in the second epoch, from two canonical streams, each sample twice."""
+    config = small_config(folder)
+    data = replace(
+        config.data,
+        order="block",
+        block_shards=1,
+        canonical_nodes=2,
+        image_size_schedule=((0, 32), (1, 48)),
+        augment=replace(config.data.augment, repeats=2),
+    )
+    return replace(config, data=data)
+
+
+@pytest.mark.parametrize(
+    ("make_config", "sizes"),
+    [
+        (small_config, {32}),
+        (lambda folder: small_config(folder, "fsdp"), {32}),
+        (growing, {32, 48}),
+    ],
+    ids=["ddp", "fsdp", "growing"],
+)
+def test_three_sigkills_change_no_bit_of_the_run(
+    tmp_path: Path, make_config: Callable[[Path], Config], sizes: set[int]
+) -> None:
+    undisturbed = make_config(tmp_path / "undisturbed")
     whole = run_ranks(WORLD_SIZE, train_and_die, undisturbed, None)
     assert whole[0].value["status"] == "finished"
     assert whole[0].value["groupings"] > 0, "the run must really group"
+    assert {size for _, _, size in whole[0].value["served"]} == sizes
 
-    disturbed = small_config(tmp_path / "disturbed", engine)
+    disturbed = make_config(tmp_path / "disturbed")
     for die_at, where in ((3, "step"), (4, "evaluation"), (6, "save")):
         ended = run_ranks(WORLD_SIZE, train_and_die, disturbed, die_at, where, check=False)
         assert -9 in [rank.exitcode for rank in ended]
