@@ -30,7 +30,7 @@ class Item:
     """What the source calls it, for messages (for a folder: the path within it)."""
 
     label: int
-    """Its class; 0 where the set is not one for classification."""
+    """Its class; -1 where it has none, as in a set for a dense task."""
 
     size: int
     """Bytes of the image file; an estimate will do where `modified` is 0."""
@@ -84,8 +84,14 @@ class Listing:
     target_extension: str = ""
     """Of the target's file in the tar, such as "seg.png"; empty for classification."""
 
+    targets: dict[str, Any] = field(default_factory=dict)
+    """What is in the targets, as index.json will say it (data_pipeline.targets); every target is checked against it."""
+
     resize_target: ResizeTarget | None = None
     """Fits a target to an image that was made smaller; without it, a set with targets cannot be made smaller."""
+
+    warnings: tuple[str, ...] = ()
+    """What is odd about the source, in sentences; shown before the work begins."""
 
 
 @dataclass(frozen=True)

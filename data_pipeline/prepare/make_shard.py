@@ -105,7 +105,17 @@ class _Reading:
 def _encoded(item: Item, loaded: Loaded, loading: Loading) -> EncodedSample:
     facts = loaded.facts
     return EncodedSample(
-        item.key, facts.extension, loaded.files.image, item.label, facts.width, facts.height, facts.subsampling
+        key=item.key,
+        extension=facts.extension,
+        image=loaded.files.image,
+        label=item.label,
+        width=facts.width,
+        height=facts.height,
+        subsampling=facts.subsampling,
+        orientation=facts.orientation,
+        target=loaded.files.target,
+        target_extension=loading.target_extension,
+        restart_rows=loaded.rows,
     )
 
 
@@ -193,7 +203,7 @@ def _same_source(reading: _Reading, index: ShardIndex, written: float) -> bool:
                 return False
             continue
         record = index.records[row]
-        if record["label"] != item.label:
+        if record["label"] != (item.label if item.label >= 0 else shard_index.NO_LABEL):
             return False
         if not item.modified:
             continue
@@ -204,12 +214,12 @@ def _same_source(reading: _Reading, index: ShardIndex, written: float) -> bool:
     return not rows
 
 
-def _crc32s(record: np.void) -> tuple[int, ...]:
+def _crc32s(record: np.void) -> tuple[int, int]:
     """Of a sample's image and target, by its record in the shard's index."""
-    return (int(record["crc32"]),)
+    return int(record["crc32"]), int(record["target_crc32"])
 
 
-def _crc32s_now(job: ShardJob, item: Item) -> tuple[int, ...] | None:
+def _crc32s_now(job: ShardJob, item: Item) -> tuple[int, int] | None:
     """Of an item's image and target as they would go into the shard; None where they would not."""
     try:
         if job.loading.recode.changes_bytes:
@@ -218,7 +228,7 @@ def _crc32s_now(job: ShardJob, item: Item) -> tuple[int, ...] | None:
             files = read_files(item, job.loading)
     except UnreadableImageError:
         return None
-    return (zlib.crc32(files.image),)
+    return zlib.crc32(files.image), zlib.crc32(files.target or b"")
 
 
 def printable(name: str) -> str:
