@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +93,8 @@ def merge(out: Path, converter: str, options: BuildOptions) -> Outcome:
             if finished is not None and parts.number_of_parts(out) is None:
                 return _look_at_finished(out, finished)
             merged = parts.collect(out)
-            return _conclude(out, merged.classes, merged.kind, merged.splits)
+            about = SetIndex(merged.classes, {}, merged.kind, merged.targets)
+            return _conclude(out, about, merged.splits)
     except OSError as error:
         raise DataError(folder.why_not_used(out, error)) from error
 
@@ -103,6 +105,7 @@ def _require_possible(listing: Listing, options: BuildOptions) -> None:
 
 
 def _build_locked(listing: Listing, out: Path, options: BuildOptions, finished: SetIndex | None) -> Outcome:
+    about = SetIndex(listing.classes, {}, listing.kind, _targets(listing))
     plan = _plan(listing, out, options, finished)
     jobs = [job for split in plan.values() for job in split]
     if options.part is not None:
@@ -120,19 +123,27 @@ def _build_locked(listing: Listing, out: Path, options: BuildOptions, finished: 
         for split, split_jobs in plan.items()
     }
     if options.part is None:
-        return _conclude(out, listing.classes, listing.kind, made, finished=finished is not None)
+        return _conclude(out, about, made, finished=finished is not None)
     if finished is None:
         shares = {
             split: parts.Share(len(jobs), [(n, results[job.path]) for n, job in enumerate(jobs) if job.path in results])
             for split, jobs in plan.items()
         }
-        parts.finish(out, options.part, listing.classes, listing.kind, shares)
-    return _outcome(_set_index(listing.classes, listing.kind, made), made, finished=finished is not None)
+        parts.finish(out, options.part, about.classes, about.kind, about.targets, shares)
+    return _outcome(_set_index(about, made), made, finished=finished is not None)
 
 
-def _conclude(out: Path, classes: tuple[str, ...], kind: str, results: Results, finished: bool = False) -> Outcome:
-    """All shards are there: write what stands beside them, the index last, and clear away what is not needed."""
-    index = _set_index(classes, kind, results)
+def _targets(listing: Listing) -> dict[str, Any]:
+    """What index.json says of the target files; nothing where there are none."""
+    return {"extension": listing.target_extension, **listing.targets} if listing.target_extension else {}
+
+
+def _conclude(out: Path, about: SetIndex, results: Results, finished: bool = False) -> Outcome:
+    """All shards are there: write what stands beside them, the index last, and clear away what is not needed.
+
+    `about` is the index as far as it is known without them.
+    """
+    index = _set_index(about, results)
     for split, part in index.splits.items():
         if part.total == 0:
             raise DataError(
@@ -224,8 +235,8 @@ def _cut(listing: Listing, options: BuildOptions) -> dict[str, list[list[Item]]]
     }
 
 
-def _set_index(classes: tuple[str, ...], kind: str, results: Results) -> SetIndex:
-    return SetIndex(classes, {split: _split_index(shards) for split, shards in results.items()}, kind)
+def _set_index(about: SetIndex, results: Results) -> SetIndex:
+    return replace(about, splits={split: _split_index(shards) for split, shards in results.items()})
 
 
 def _split_index(shards: list[tuple[str, ShardResult]]) -> SplitIndex:

@@ -10,6 +10,7 @@ from data_pipeline.prepare import recode
 from data_pipeline.prepare.examine import ImageFacts, UnreadableImageError, examine
 from data_pipeline.prepare.listing import Item, Kind, Listing, ResizeTarget, SourceFiles
 from data_pipeline.prepare.options import Recode
+from data_pipeline.targets import TargetCheck, TargetError, target_check
 
 RESIZED = "made smaller"
 
@@ -23,10 +24,12 @@ class Loading:
     target_extension: str = ""
     resize_target: ResizeTarget | None = None
     recode: Recode = field(default_factory=Recode)
+    check_target: TargetCheck | None = None
 
     @classmethod
     def of(cls, listing: Listing, recode: Recode) -> Loading:
-        return cls(listing.read, listing.kind, listing.target_extension, listing.resize_target, recode)
+        check = target_check(listing.kind, len(listing.classes), listing.targets)
+        return cls(listing.read, listing.kind, listing.target_extension, listing.resize_target, recode, check)
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,20 @@ def usable(files: SourceFiles, loading: Loading) -> Loaded:
     if loading.target_extension and files.target is None:
         raise UnreadableImageError(f"there is no {loading.target_extension} for it")
     facts = examine(files.image)
+    if loading.check_target is not None and files.target is not None:
+        _check_target(files.target, facts, loading.check_target)
     loaded = Loaded(files, facts, traits=facts.traits)
     max_size = loading.recode.max_size
     if max_size is not None and min(facts.width, facts.height) > max_size:
         loaded = _resized(loaded, max_size, loading)
     return loaded
+
+
+def _check_target(target: bytes, facts: ImageFacts, check: TargetCheck) -> None:
+    try:
+        check(target, facts.upright_size)
+    except TargetError as error:
+        raise UnreadableImageError(str(error)) from error
 
 
 def checksum(files: SourceFiles) -> int:

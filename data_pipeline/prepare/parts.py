@@ -43,6 +43,7 @@ class Merged:
 
     classes: tuple[str, ...]
     kind: str
+    targets: dict[str, Any]
     splits: dict[str, list[tuple[str, ShardResult]]]
     """Of each split, (file name, result) of all shards in order."""
 
@@ -77,13 +78,16 @@ def number_of_parts(out: Path) -> int | None:
         raise DataError(f"{path} is damaged ({error}); delete {path.parent} and run the parts again.") from error
 
 
-def finish(out: Path, part: Part, classes: tuple[str, ...], kind: str, done: dict[str, Share]) -> None:
+def finish(
+    out: Path, part: Part, classes: tuple[str, ...], kind: str, targets: dict[str, Any], done: dict[str, Share]
+) -> None:
     """Leave for the merge what the part has done of every split."""
     splits = {
         split: {"shards": share.total, "made": [[number, _to_json(result)] for number, result in share.made]}
         for split, share in done.items()
     }
-    record = {"part": part.number, "parts": part.of, "classes": classes, "kind": kind, "splits": splits}
+    record = {"part": part.number, "parts": part.of, "classes": classes, "kind": kind, "targets": targets}
+    record["splits"] = splits
     write_if_changed(_record_path(out, part.number), json_bytes(record))
 
 
@@ -122,7 +126,7 @@ def collect(out: Path) -> Merged:
         if sorted(made) != list(range(described["shards"])):
             raise DataError(f"The parts of {out} do not fit together: delete {out / PROGRESS_FOLDER}, run them again.")
         splits[split] = [(shard_name(number), made[number]) for number in sorted(made)]
-    return Merged(tuple(first["classes"]), first["kind"], splits)
+    return Merged(tuple(first["classes"]), first["kind"], first["targets"], splits)
 
 
 def shard_name(number: int) -> str:
@@ -133,7 +137,7 @@ def shard_name(number: int) -> str:
 def _read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_bytes())
-        for name in ("part", "parts", "classes", "kind", "splits"):
+        for name in ("part", "parts", "classes", "kind", "targets", "splits"):
             record[name]
         return dict(record)
     except (ValueError, KeyError, TypeError) as error:

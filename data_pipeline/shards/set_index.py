@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,16 @@ class SetIndex:
     kind: str = "classification"
     """What the samples teach: "classification", "segmentation" or "detection"."""
 
+    targets: dict[str, Any] = field(default_factory=dict)
+    """What is in the target files (data_pipeline.targets), such as which values of a mask are ignored."""
+
     def fingerprint(self, split: str) -> str:
-        """A digest of the classes and of a split's samples, labels and places (all of which the tars hold)."""
+        """A digest of the classes, of what targets mean, and of a split's samples, labels and places (which the tars
+        hold)."""
         index = self.splits[split]
         # packed numbers and digests, because half a million shards as JSON take too long
-        result = hashlib.sha256(_digest([FORMAT, VERSION, list(self.classes)]).encode())
+        meaning = [self.kind, self.targets] if self.targets else []
+        result = hashlib.sha256(_digest([FORMAT, VERSION, list(self.classes), *meaning]).encode())
         result.update(index.samples.astype("<i8").tobytes())
         result.update(bytes.fromhex("".join(index.sha256)))
         return result.hexdigest()
@@ -91,6 +96,7 @@ def to_bytes(index: SetIndex) -> bytes:
         "version": VERSION,
         "kind": index.kind,
         "classes": list(index.classes),
+        **({"targets": index.targets} if index.targets else {}),
         "splits": splits,
     }
     content["fingerprint"] = _digest({name: split["fingerprint"] for name, split in splits.items()})
@@ -129,6 +135,7 @@ def load(folder: Path) -> SetIndex:
             classes=tuple(content["classes"]),
             splits={str(name): _split_from_json(split) for name, split in content["splits"].items()},
             kind=str(content.get("kind", "classification")),
+            targets=dict(content.get("targets", {})),
         )
         stated = {name: split["fingerprint"] for name, split in content["splits"].items()}
         sound = (

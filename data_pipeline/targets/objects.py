@@ -1,0 +1,168 @@
+"""Annotated objects of one image: the JSON beside it in a shard.
+
+    {"image_id": 139, "file_name": "000000000139.jpg", "width": 640, "height": 426, "annotations": [
+        {"id": 1768, "category": 56, "bbox": [x, y, width, height], "area": 9.5, "iscrowd": 0, "segmentation": ...}]}
+
+Everything is as COCO has it (pixels of the upright image, from its upper left corner; polygons or run-length encoding),
+except that `category` counts through the classes of the set; index.json tells the original category ids.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from data_pipeline.targets import rle
+from data_pipeline.targets.fault import TargetError, require_same_size
+
+EXTENSION = "json"
+_FAR = 1e12
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class ObjectLabels:
+    """What the categories of a set mean."""
+
+    category_ids: tuple[int, ...]
+    """The original id of each class."""
+
+    masks: bool = True
+    """Every object has a segmentation; otherwise boxes are all there is."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What index.json says."""
+        return {"category_ids": list(self.category_ids), "masks": self.masks}
+
+    @classmethod
+    def from_json(cls, num_classes: int, meaning: Mapping[str, Any]) -> ObjectLabels:
+        """Raises ValueError where `meaning` makes no sense."""
+        try:
+            labels = cls(tuple(int(number) for number in meaning["category_ids"]), bool(meaning["masks"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"what the categories mean is not said ({type(error).__name__}: {error})") from error
+        if len(labels.category_ids) != num_classes or len(set(labels.category_ids)) != num_classes:
+            raise ValueError(f"{num_classes} classes need as many different category ids")
+        return labels
+
+
+@dataclass(frozen=True)
+class ImageObject:
+    """One annotated object."""
+
+    id: int
+    category: int
+    """Class index."""
+
+    box: Box
+    """Left, top, width and height in pixels, as annotated: it may reach beyond the image, or be flat."""
+
+    area: float
+    """Of the object in pixels, as annotated."""
+
+    crowd: bool
+    """It stands for many objects; evaluation does not count what is found in it."""
+
+    segmentation: Any
+    """Polygons (a list of lists of x, y, x, y, ...), a run-length encoding, or None."""
+
+    def visible_box(self, size: tuple[int, int]) -> Box | None:
+        """Left, top, right and bottom of what lies in an image of (height, width); None where that is less than a
+        pixel wide or high, which is too flat to learn from."""
+        left, top, width, height = self.box
+        right, bottom = min(left + width, size[1]), min(top + height, size[0])
+        left, top = max(left, 0.0), max(top, 0.0)
+        return (left, top, right, bottom) if right - left >= 1 and bottom - top >= 1 else None
+
+
+@dataclass(frozen=True)
+class ImageObjects:
+    """All annotated objects of one image."""
+
+    image_id: int
+    file_name: str
+    size: tuple[int, int]
+    """(height, width)"""
+
+    objects: tuple[ImageObject, ...]
+
+
+def read_objects(data: bytes, labels: ObjectLabels) -> ImageObjects:
+    """Read and check the annotations of an image; raises TargetError naming the annotation that is wrong."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise TargetError(f"the annotations are damaged: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
+        raise TargetError("the annotations are no list of objects")
+    height, width = content.get("height"), content.get("width")
+    if not (_is_count(height) and _is_count(width) and height * width > 0):
+        raise TargetError(f"the annotations state an image of {width} x {height} pixels")
+    size = (height, width)
+    if not _is_count(content.get("image_id")) or not isinstance(content.get("file_name"), str):
+        raise TargetError("the annotations do not say the image's id and file name")
+    objects = tuple(_object(entry, size, labels) for entry in content["annotations"])
+    ids = {found.id for found in objects}
+    if len(ids) != len(objects):
+        raise TargetError("two of the annotations have the same id")
+    return ImageObjects(content["image_id"], content["file_name"], size, objects)
+
+
+def check_objects(data: bytes, size: tuple[int, int], labels: ObjectLabels) -> None:
+    """Prove that annotations are whole, sound and made for the upright image `size` (height, width); TargetError."""
+    require_same_size("the image that the annotations describe", read_objects(data, labels).size, size)
+
+
+def _object(entry: Any, size: tuple[int, int], labels: ObjectLabels) -> ImageObject:
+    if not isinstance(entry, dict) or not _is_count(entry.get("id")):
+        raise TargetError(f"an annotation has no id: {str(entry)[:80]}")
+    try:
+        category, area, crowd = entry.get("category"), entry.get("area"), entry.get("iscrowd", 0)
+        if not _is_count(category) or category >= len(labels.category_ids):
+            raise TargetError(f"its category {category!r} is none of the {len(labels.category_ids)} classes")
+        if not _is_number(area) or area < 0:
+            raise TargetError(f"its area is {area!r}, and evaluation needs it")
+        if type(crowd) is not int or crowd not in (0, 1):
+            raise TargetError(f"iscrowd is {crowd!r} instead of 0 or 1")
+        segmentation = entry.get("segmentation") if labels.masks else None
+        if labels.masks:
+            _check_segmentation(segmentation, size)
+        return ImageObject(entry["id"], category, _box(entry.get("bbox"), size), area, crowd == 1, segmentation)
+    except TargetError as error:
+        raise TargetError(f"annotation {entry['id']}: {error}") from None
+
+
+def _box(box: Any, size: tuple[int, int]) -> Box:
+    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
+        raise TargetError(f"its box is {str(box)[:80]} instead of [x, y, width, height]")
+    left, top, width, height = box
+    if width < 0 or height < 0:
+        raise TargetError(f"its box {box} has a negative side")
+    if left > size[1] or top > size[0] or left + width < 0 or top + height < 0:
+        raise TargetError(f"its box {box} lies outside of the image of {size[1]}x{size[0]}")
+    return left, top, width, height
+
+
+def _check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
+    if isinstance(segmentation, dict):
+        if segmentation.get("size") != list(size):
+            raise TargetError(f"its mask is made for [height, width] {segmentation.get('size')}, not {list(size)}")
+        rle.runs_of(segmentation)
+    elif not (isinstance(segmentation, list) and segmentation):
+        raise TargetError("it has no segmentation (with --boxes-only none is needed)")
+    elif not all(map(_is_polygon, segmentation)):
+        raise TargetError("its segmentation has a polygon that is no list of three or more points x, y, x, y, ...")
+
+
+def _is_polygon(points: Any) -> bool:
+    return isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 and all(map(_is_number, points))
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return type(value) in (int, float) and abs(value) < _FAR  # false for what is not a number, too
