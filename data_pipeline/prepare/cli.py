@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from data_pipeline.prepare import digits, imagefolder, options
+from data_pipeline.prepare import digits, imagefolder, imagenet, imagenet22k, options, synthetic_jpegs
 from data_pipeline.prepare.build import Outcome, build, merge
 from data_pipeline.prepare.folder import LEFT_OUT_FILE
 from data_pipeline.prepare.listing import Listing
@@ -35,7 +35,7 @@ class Converter(Protocol):
         ...
 
 
-CONVERTERS: tuple[Converter, ...] = (imagefolder, digits)
+CONVERTERS: tuple[Converter, ...] = (imagefolder, imagenet, imagenet22k, digits, synthetic_jpegs)
 
 EXIT_DONE, EXIT_ERROR, EXIT_LEFT_OUT, EXIT_INTERRUPTED = 0, 1, 3, 130
 _SHOWN = 20
@@ -95,6 +95,7 @@ def _list_source(arguments: argparse.Namespace) -> Listing:
         if out == source or source in out.parents:
             raise DataError(f"--out {arguments.out} lies inside --src {arguments.src}; choose a folder outside of it.")
     listing: Listing = arguments.list_source(arguments)
+    _print_some("warning", [printable(warning) for warning in listing.warnings])
     return listing
 
 
