@@ -21,8 +21,12 @@ from benchmarks.data.team import REPOSITORY
 HEIGHT, WIDTH = 375, 500  # the most frequent size of ImageNet's images
 QUALITY = 90
 _CLASSES = 10
-_SHARDS = 8  # enough for worker processes that share shards
-FORMS = {"tar": [], "rows": ["--restart-rows"], "beton": ["--format", "ffcv"]}
+_SHARDS = "8"  # enough for worker processes that share shards
+FORMS = {
+    "tar": ["--num-shards", _SHARDS],
+    "rows": ["--num-shards", _SHARDS, "--restart-rows"],
+    "beton": ["--format", "ffcv"],
+}
 """Forms that `python -m data_pipeline.prepare imagefolder` makes, with its arguments."""
 
 
@@ -93,9 +97,8 @@ def num_files(files: Path) -> int:
 def prepare_form(files: Path, form: str) -> Path:
     """Make one of FORMS from the files with this repository's own command; raises PrepareError."""
     folder = files.parent / form
-    size = -(-num_files(files) // _SHARDS)
     command = [sys.executable, "-m", "data_pipeline.prepare", "imagefolder", "--src", str(files), "--out", str(folder)]
-    command += ["--splits", "train", "--shard-size", str(size), *FORMS[form]]
+    command += ["--splits", "train", *FORMS[form]]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]

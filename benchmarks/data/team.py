@@ -36,6 +36,7 @@ class Worker:
                 [python, "-m", "benchmarks.data.worker"],
                 cwd=REPOSITORY,
                 env=environment,
+                bufsize=0,  # nothing is left to be written when a worker's end is closed
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -49,7 +50,6 @@ class Worker:
         assert stdout is not None
         try:
             stdin.write(json.dumps(order).encode() + b"\n")
-            stdin.flush()
         except BrokenPipeError as error:
             raise ContestantError(f"its process has ended; see {self._log}") from error
         line = self._line(stdout.fileno(), patience)
