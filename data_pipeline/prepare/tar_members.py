@@ -176,6 +176,7 @@ class _Archive:
         """The header at `position`, its checksum proved; None at the end of the archive, which is proved too."""
         left = self.end - position
         if left < _BLOCK:
+            self._refuse_compressed(position, self.read(position, max(0, left)))
             raise self.error(position, _ending(left, empty=position == self.start))
         block = self.read(position, _BLOCK)
         if not any(block):
@@ -190,16 +191,16 @@ class _Archive:
         return block
 
     def _no_header(self, position: int, block: bytes) -> DamagedTarError:
-        compression = next((name for magic, name in _COMPRESSED.items() if block.startswith(magic)), "")
+        self._refuse_compressed(position, block)
         if position != self.start:
             return self.error(position, "there is no tar header where one must be (checksum differs): it is damaged")
-        if compression:
-            return self.error(
-                position,
-                f"it is compressed ({compression}), and images are read from anywhere in it; "
-                f"decompress it first: {_DECOMPRESS[compression]} {self.path}",
-            )
         return self.error(position, "it is no tar: there is no header at its beginning (checksum differs)")
+
+    def _refuse_compressed(self, position: int, block: bytes) -> None:
+        for magic, name in _COMPRESSED.items():
+            if position == self.start and block.startswith(magic):
+                what = f"it is compressed ({name}), and images are read from anywhere in it; decompress it first: "
+                raise self.error(position, f"{what}{_DECOMPRESS[name]} {self.path}")
 
     def _check_end(self, position: int) -> None:
         """A tar ends in blocks of zeros. Zeros that go on and on, as in a download that was allocated before it was

@@ -182,6 +182,7 @@ _GOOD = _tar({"one.jpg": b"1" * 700, "two.jpg": b"2" * 700}).rstrip(b"\0") + byt
         (b"x" * 100, "shorter than one tar header"),
         (b"x" * 5000, "it is no tar"),
         (b"\x1f\x8b" + bytes(600), r"it is compressed \(gzip\).*decompress it first: gunzip"),
+        (b"\x1f\x8b short", r"it is compressed \(gzip\)"),
         (b"BZh9" + b"x" * 600, r"it is compressed \(bzip2\)"),
         (b"\xfd7zXZ\0" + b"x" * 600, r"it is compressed \(xz\)"),
         (_GOOD[:400], "at byte 0: it is shorter than one tar header"),
