@@ -6,20 +6,17 @@ FOLDER/NAME/FORM                          the same bytes as tar shards, tar shar
 
 from __future__ import annotations
 
-import io
+import argparse
 import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from benchmarks.data.team import REPOSITORY
+from data_pipeline.prepare import synthetic_jpegs
 
-HEIGHT, WIDTH = 375, 500  # the most frequent size of ImageNet's images
-QUALITY = 90
+_SIZE = "500x375"  # the most frequent one of ImageNet
 _CLASSES = 10
 _SHARDS = "8"  # enough for worker processes that share shards
 FORMS = {
@@ -35,40 +32,16 @@ class PrepareError(Exception):
 
 
 def generated_files(folder: Path, count: int) -> Path:
-    """`count` ImageNet-like JPEGs, 500x375, 4:2:0, quality 90, about 90 KB, always the same; returns their folder."""
+    """The first `count` images of `python -m data_pipeline.prepare synthetic` (500x375, quality 90) as files."""
     files = folder / f"generated-{count}" / "files"
     if not files.is_dir():
         partial = _fresh(files)
-        for number in range(count):
-            path = _path(partial, number)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(generate_jpeg(number))
+        recipe = {"images": count, "val_images": 1, "classes": _CLASSES, "size": _SIZE, "vary": False, "seed": 0}
+        listing = synthetic_jpegs.list_source(argparse.Namespace(**recipe))
+        for number, item in enumerate(listing.splits["train"]):
+            _write(partial, number, listing.read(item).image)
         partial.rename(files)
     return files
-
-
-def generate_jpeg(number: int, height: int = HEIGHT, width: int = WIDTH) -> bytes:
-    """Noise with the spectrum of photographs (amplitude 1 / frequency), in colours that vary less than brightness."""
-    from PIL import Image
-
-    rng = np.random.default_rng([0, number])
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    frequency[0, 0] = np.inf  # no mean
-    planes = rng.standard_normal((3, height, width), dtype=np.float32)
-    exponent = rng.uniform(1.0, 1.3)
-    planes = np.fft.irfft2(np.fft.rfft2(planes) / frequency**exponent, s=(height, width))
-    planes /= planes.std(axis=(1, 2), keepdims=True)
-    brightness, *colours = planes * np.array([_CONTRAST, 20, 20])[:, None, None]
-    pixels: npt.NDArray[np.float64] = np.stack(
-        [brightness + colours[0], brightness - colours[0] / 2 - colours[1] / 2, brightness + colours[1]], axis=-1
-    )
-    file = io.BytesIO()
-    image = Image.fromarray(np.clip(pixels + rng.uniform(90, 150), 0, 255).astype(np.uint8))
-    image.save(file, "JPEG", quality=QUALITY, subsampling="4:2:0")
-    return file.getvalue()
-
-
-_CONTRAST = 40
 
 
 def photo_files(folder: Path, photos: Path, copies: int = 3) -> Path:
@@ -82,9 +55,7 @@ def photo_files(folder: Path, photos: Path, copies: int = 3) -> Path:
                 file = tar.extractfile(member)
                 if file is None:
                     raise PrepareError(f"{photos}: {member.name} is no file")
-                path = _path(partial, number)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(file.read())
+                _write(partial, number, file.read())
         partial.rename(files)
     return files
 
@@ -106,8 +77,10 @@ def prepare_form(files: Path, form: str) -> Path:
     return folder
 
 
-def _path(folder: Path, number: int) -> Path:
-    return folder / "train" / f"class-{number % _CLASSES:02d}" / f"{number:06d}.jpg"
+def _write(folder: Path, number: int, image: bytes) -> None:
+    path = folder / "train" / f"class-{number % _CLASSES:02d}" / f"{number:06d}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(image)
 
 
 def _fresh(folder: Path) -> Path:
