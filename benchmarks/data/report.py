@@ -128,9 +128,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             if (row.images_set, row.threads) != (images_set, threads) or row.ratio is None:
                 continue
             ratio, place = row.ratio, names.index(row.contestant)
-            error = [[ratio.median - ratio.least], [ratio.most - ratio.median]]
+            spread = [[ratio.median - ratio.least], [ratio.most - ratio.median]]
             colour = "tab:blue" if row.contestant.startswith("ours") else "tab:gray"
-            axis.barh(place, ratio.median, xerr=error, color=colour, height=0.7, ecolor="black", capsize=2)
+            axis.barh(place, ratio.median, xerr=spread, color=colour, height=0.7, ecolor="black", capsize=2)
             axis.text(0.03, place, f"{ratio.median:.2f}", va="center", color="white", fontsize=8)
         axis.axvline(1, color="black", linewidth=0.8, linestyle="--")
         axis.set_title(f"{images_set}, {threads} thread{'s' if threads > 1 else ''}", fontsize=10)

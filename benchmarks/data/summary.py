@@ -86,9 +86,10 @@ def summarize(records: Sequence[dict[str, Any]]) -> list[Row]:
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["set"], record["threads"], record["contestant"]), []).append(record)
+    sets = list(dict.fromkeys(record["set"] for record in records))
     base: dict[tuple[str, str], float] = {}
     rows = []
-    for (images_set, threads, contestant), group in sorted(groups.items(), key=lambda entry: _place(*entry[0], groups)):
+    for (images_set, threads, contestant), group in sorted(groups.items(), key=lambda entry: _place(entry[0], sets)):
         rounds = [record for record in group if record["round"] > 0]
         if not rounds:
             continue
@@ -149,8 +150,9 @@ def _resume_checks(entry: dict[str, Any]) -> list[Check]:
     ]  # fmt: skip
 
 
-def _place(images_set: str, threads: int, contestant: str, groups: Iterable[tuple[str, int, str]]) -> tuple[int, ...]:
-    sets = list(dict.fromkeys(entry[0] for entry in groups))
+def _place(key: tuple[str, int, str], sets: Sequence[str]) -> tuple[int, int, int]:
+    """Where the row of a set, a thread count and a contestant stands in the table."""
+    images_set, threads, contestant = key
     return sets.index(images_set), threads, list(CONTESTANTS).index(contestant)
 
 
