@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from data_pipeline.prepare import digits, imagefolder, imagenet, imagenet22k, options, synthetic_jpegs
+from data_pipeline.prepare import (
+    ade20k,
+    coco,
+    digits,
+    imagefolder,
+    imagenet,
+    imagenet22k,
+    mask_folders,
+    options,
+    synthetic_jpegs,
+)
 from data_pipeline.prepare.build import Outcome, build, merge
 from data_pipeline.prepare.folder import LEFT_OUT_FILE
 from data_pipeline.prepare.listing import Listing
@@ -35,7 +45,16 @@ class Converter(Protocol):
         ...
 
 
-CONVERTERS: tuple[Converter, ...] = (imagefolder, imagenet, imagenet22k, digits, synthetic_jpegs)
+CONVERTERS: tuple[Converter, ...] = (
+    imagefolder,
+    imagenet,
+    imagenet22k,
+    digits,
+    synthetic_jpegs,
+    ade20k,
+    mask_folders,
+    coco,
+)
 
 EXIT_DONE, EXIT_ERROR, EXIT_LEFT_OUT, EXIT_INTERRUPTED = 0, 1, 3, 130
 _SHOWN = 20
@@ -140,15 +159,17 @@ def _print_some(what: str, lines: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
+    listed = "\n".join(f"  {converter.NAME:<15}{converter.HELP}" for converter in CONVERTERS)
     parser = argparse.ArgumentParser(
         "python -m data_pipeline.prepare",
-        description="Turn images into shards for training.",
+        description="Turn images into shards for training.\n\n"
+        f"converters, by what they read (each has a --help of its own):\n{listed}",
         epilog=_EPILOG,
         formatter_class=raw,
     )
-    converters = parser.add_subparsers(dest="converter", required=True, metavar="CONVERTER", title="converters")
+    converters = parser.add_subparsers(dest="converter", required=True, metavar="CONVERTER", help="one of the above")
     for converter in CONVERTERS:
-        own = converters.add_parser(converter.NAME, help=converter.HELP, formatter_class=raw)
+        own = converters.add_parser(converter.NAME, formatter_class=raw)
         own.set_defaults(list_source=converter.list_source)
         converter.add_arguments(own)
         own.epilog = f"{own.epilog or ''}\n{_EPILOG}".lstrip()

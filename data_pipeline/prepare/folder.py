@@ -135,10 +135,10 @@ def create_once(path: Path, content: bytes) -> None:
 
 def write_if_changed(path: Path, content: bytes) -> None:
     """Write the file, or remove it where there is nothing to say."""
-    if path.exists() and path.read_bytes() == content:
+    if (path.read_bytes() if path.exists() else b"") == content:
         return
     if not content:
-        path.unlink(missing_ok=True)
+        path.unlink()
         return
     with atomic_write(path) as file:
         file.write(content)
