@@ -133,7 +133,7 @@ def _classes(
     if not kept:
         raise DataError(f"{source} has no class with {least:,} or more images.")
     dropped = [f"{wnid}, damaged" if wnid in damaged else wnid for wnid in counts if wnid not in kept]
-    what = f"{len(dropped):,} classes with fewer than {least:,} images are left out: {some(dropped)}."
+    what = f"{len(dropped):,} of {len(counts):,} classes have fewer than {least:,} images, left out: {some(dropped)}."
     return kept, [what] if dropped else []
 
 
