@@ -104,7 +104,7 @@ class TarSource:
         self._classes = index.classes
         self._fingerprint = index.fingerprint(split)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._process = threading.Lock(), os.getpid()
         self._closed = False
 
     @property
@@ -163,6 +163,8 @@ class TarSource:
             self._open.clear()
 
     def _shard(self, number: int) -> _OpenShard:
+        if self._process != os.getpid():  # a fork: the thread that may have held the lock is not here to release it
+            self._lock, self._process = threading.Lock(), os.getpid()
         with self._lock:
             if self._closed:
                 raise ValueError("the source was closed")
