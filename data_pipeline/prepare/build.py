@@ -66,7 +66,7 @@ def build(listing: Listing, out: Path, options: BuildOptions) -> Outcome:
     _require_possible(listing, options)
     another = f"Another run is preparing {out}"
     try:
-        folder.claim(out, _record(listing, options))
+        folder.claim(out, record_of(listing, options))
         with locked(out, shared=options.part is not None, whose=another):
             finished = _finished_index(out)
             if finished is not None and finished.splits.keys() != listing.splits.keys():
@@ -90,7 +90,7 @@ def merge(out: Path, converter: str, options: BuildOptions) -> Outcome:
         with locked(out, shared=False, whose=f"Another run is preparing {out}"):
             folder.require_options(out, converter, options.recorded())
             finished = _finished_index(out)
-            if finished is not None and parts.number_of_parts(out) is None:
+            if finished is not None:  # the index is written last
                 return _look_at_finished(out, finished)
             merged = parts.collect(out)
             about = SetIndex(merged.classes, {}, merged.kind, merged.targets)
@@ -154,8 +154,7 @@ def _conclude(out: Path, about: SetIndex, results: Results, finished: bool = Fal
     outcome = _outcome(index, results, finished)
     folder.write_if_changed(out / LEFT_OUT_FILE, b"".join(_report_line(entry) for entry in outcome.left_out))
     folder.write_if_changed(out / set_index.FILE_NAME, set_index.to_bytes(index))
-    if (out / PROGRESS_FOLDER).exists():
-        shutil.rmtree(out / PROGRESS_FOLDER)
+    _remove_progress(out)
     return outcome
 
 
@@ -191,7 +190,18 @@ def _look_at_finished(out: Path, index: SetIndex) -> Outcome:
         for name, samples, tar_bytes, index_bytes, sha256 in zip(*columns, strict=True):
             shard = WrittenShard(int(samples), int(tar_bytes), int(index_bytes), sha256)
             parts.require_shard(out / split / name, shard, "Run the command without --merge to make it again")
-    return Outcome(index, [], 0, sum(len(part) for part in index.splits.values()), 0, {}, 0, was_finished=True)
+    path = out / LEFT_OUT_FILE
+    try:
+        entries = [LeftOut(**json.loads(line)) for line in path.read_bytes().splitlines()] if path.exists() else []
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}). Run the command without --merge to write it again.") from error
+    _remove_progress(out)
+    return Outcome(index, entries, 0, sum(len(part) for part in index.splits.values()), 0, {}, 0, was_finished=True)
+
+
+def _remove_progress(out: Path) -> None:
+    if (out / PROGRESS_FOLDER).exists():
+        shutil.rmtree(out / PROGRESS_FOLDER)
 
 
 def _plan(listing: Listing, out: Path, options: BuildOptions, finished: SetIndex | None) -> dict[str, list[ShardJob]]:
@@ -251,7 +261,7 @@ def _split_index(shards: list[tuple[str, ShardResult]]) -> SplitIndex:
     )
 
 
-def _record(listing: Listing, options: BuildOptions) -> dict[str, object]:
+def record_of(listing: Listing, options: BuildOptions) -> dict[str, object]:
     """What decides the content of the shards; a later run into the same folder must agree with it."""
     return {
         "converter": listing.converter,

@@ -69,10 +69,10 @@ def _start_worker(counter: Synchronized[int], cancelled: ctypes.c_bool) -> None:
     global _images_done, _cancelled
     _images_done, _cancelled = counter, cancelled
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends this one
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A worker whose parent was killed must not write on, unseen, beside the run that continues the work."""
     parent = multiprocessing.parent_process()
     if parent is not None:
