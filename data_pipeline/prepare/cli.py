@@ -20,6 +20,7 @@ from data_pipeline.prepare import (
     options,
     synthetic_jpegs,
 )
+from data_pipeline.prepare.beton import build_beton
 from data_pipeline.prepare.build import Outcome, build, merge
 from data_pipeline.prepare.folder import LEFT_OUT_FILE
 from data_pipeline.prepare.listing import Listing
@@ -70,6 +71,9 @@ run on a finished output checks names and sizes, and does nothing; `python -m da
 Several jobs can share the work, such as a Slurm array: each runs the command with --part I/N, and when all have ended,
 one runs it with --merge. The result is the same as that of one run, byte for byte.
 
+With --format ffcv the output is one OUT/SPLIT.beton per split, the samples in the same order. It is written from the
+beginning when it was interrupted.
+
 exit codes: 0 done; 1 error, nothing usable or unfinished; 2 wrong usage; 3 done, but some images could not be read and
 are left out (they are listed, and written to OUT/left_out.jsonl); 130 interrupted.
 """
@@ -105,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(arguments: argparse.Namespace, listing: Listing | None, chosen: BuildOptions) -> Outcome:
     if listing is None:
         return merge(arguments.out, arguments.converter, chosen)
+    if chosen.format == "ffcv":
+        return build_beton(listing, arguments.out, chosen)
     return build(listing, arguments.out, chosen)
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from data_pipeline.prepare.listing import ShardSize
 
@@ -16,7 +16,9 @@ DEFAULT_QUALITY = 90
 _DEFAULT_SHARD_SIZE = "64MB"
 _T = TypeVar("_T")
 
-COMMON_OPTIONS = ("shard_size", "num_shards", "max_size", "quality", "restart_rows")
+Format = Literal["webdataset", "ffcv"]
+
+COMMON_OPTIONS = ("shard_size", "num_shards", "format", "raw_fraction", "max_size", "quality", "restart_rows")
 """What BuildOptions.recorded may hold; prepare.json keeps these beside the converter's own."""
 
 
@@ -77,11 +79,19 @@ class BuildOptions:
     part: Part | None = None
     """Make only this share of the shards."""
 
+    format: Format = "webdataset"
+    """Tar shards, or one .beton file per split, to which shards and parts do not apply."""
+
+    raw_fraction: float = 0.0
+    """The part of the images that a .beton file holds as pixels, though they could stay JPEG."""
+
     def recorded(self) -> dict[str, str]:
         """The choices on which the content depends, as prepare.json keeps them."""
         found = (
             {"shard_size": self.shard_size.text} if self.num_shards is None else {"num_shards": f"{self.num_shards}"}
         )
+        if self.format == "ffcv":
+            found = {"format": "ffcv"} | ({"raw_fraction": f"{self.raw_fraction}"} if self.raw_fraction else {})
         if self.recode.max_size is not None:
             found |= {"max_size": f"{self.recode.max_size}", "quality": f"{self.recode.quality}"}
         if self.recode.restart_rows:
@@ -106,6 +116,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_checked(_count),
         metavar="N",
         help="cut the largest split into N shards, and the others into shards about as large",
+    )
+    shards.add_argument(
+        "--format",
+        choices=("webdataset", "ffcv"),
+        default="webdataset",
+        help="webdataset: tar shards (the default); ffcv: one OUT/SPLIT.beton per split, for data.backend ffcv and for "
+        "the ffcv package, which writes it (extra ffcv)",
+    )
+    shards.add_argument(
+        "--raw-fraction",
+        type=_checked(_fraction),
+        metavar="F",
+        help="with --format ffcv: hold this part of the images, 0 to 1, as pixels, which need no decoding and several "
+        "times the bytes; default 0",
     )
     images = parser.add_argument_group("images")
     images.add_argument(
@@ -152,6 +176,12 @@ def from_arguments(arguments: argparse.Namespace) -> BuildOptions:
     """The choices that were typed; raises ValueError where they do not fit together."""
     if arguments.quality is not None and arguments.max_size is None:
         raise ValueError("--quality is that of images made smaller by --max-size; without it, nothing is encoded anew")
+    if arguments.format == "ffcv":
+        for name in ("shard_size", "num_shards", "part", "merge"):
+            if getattr(arguments, name):
+                raise ValueError(f"--format ffcv makes one file per split: --{name.replace('_', '-')} does not apply")
+    elif arguments.raw_fraction is not None:
+        raise ValueError("--raw-fraction is for --format ffcv; tar shards hold images as they are")
     return BuildOptions(
         shard_size=arguments.shard_size or ShardSize.parse(_DEFAULT_SHARD_SIZE),
         jobs=arguments.jobs,
@@ -159,6 +189,8 @@ def from_arguments(arguments: argparse.Namespace) -> BuildOptions:
         num_shards=arguments.num_shards,
         recode=Recode(arguments.max_size, arguments.quality or DEFAULT_QUALITY),
         part=arguments.part,
+        format=arguments.format,
+        raw_fraction=arguments.raw_fraction or 0.0,
     )
 
 
@@ -178,6 +210,12 @@ def _count(text: str) -> int:
     if not re.fullmatch(r"0*[1-9]\d{0,8}", text):
         raise ValueError(f"'{text}' is no number of 1 or more")
     return int(text)
+
+
+def _fraction(text: str) -> float:
+    if not re.fullmatch(r"\d*\.?\d+", text) or float(text) > 1:
+        raise ValueError(f"'{text}' is no part of the images; give 0 to 1, such as 0.25")
+    return float(text)
 
 
 def _quality(text: str) -> int:
