@@ -48,9 +48,7 @@ class Quarantine:
 def _append(path: Path, entry: dict[str, str | int]) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        content = b""
-        while piece := os.pread(descriptor, 1 << 20, len(content)):
-            content += piece
+        content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
         if any((entry["shard"], entry["key"]) == place for place in map(_place_of, content.splitlines())):
             return
         line = (json.dumps(entry, ensure_ascii=False) + "\n").encode()

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -253,6 +255,112 @@ next(batches)
     ended = subprocess.run([sys.executable, "-c", program], timeout=300, capture_output=True, text=True, check=False)
     expected = {"pass": 0, "raise SystemExit(7)": 7}.get(ending, -2)
     assert ended.returncode == expected, ended.stderr
+
+
+class Stuck(Faulty):
+    """Reading sample 21 does not end before it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.release = threading.Event()
+
+    def read(self, index: int) -> RawSample:
+        if index == 21:
+            self.release.wait(60)
+        return super().read(index)
+
+
+def test_stuck_thread_ends_the_iteration_with_its_stack_and_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.workers._STOP_SECONDS", 0.05)
+    source = Stuck()
+    with loader(source, DataConfig(**{**vars(THREADED), "stall_seconds": 0.3})) as running:
+        message = (
+            r"(?s)no batch came within 0.3 seconds \(data.stall_seconds\) in epoch 0 at position \d+: .*"
+            r"data_pipeline-\d is at sample 21 \(shard 0, counted from 0\).*in read.*self\.release\.wait"
+        )
+        served: list[int] = []
+        with pytest.raises(DataError, match=message):
+            served.extend(sample for batch in running for sample in batch.ids.tolist())
+        consumed = running.state_dict()["consumed"]
+        assert len(served) == consumed < IMAGES
+        assert 21 not in served
+        source.release.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("data_pipeline"):
+                thread.join(60)
+        rest = [sample for batch in running for sample in batch.ids.tolist()]
+    assert len(rest) == IMAGES - consumed
+
+
+def quarantined(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_damaged_samples_are_listed_once_whoever_and_whenever_meets_them(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    for _ in range(2):  # the second time as after a restart
+        for rank in (1, 0):
+            source, batching = Faulty(damaged=(7,), undecodable=(20,)), Batching(8, rank, 2)
+            with Loader(source, THREADED, batching, train=True, seed=0, quarantine=path) as running:
+                for _ in range(3):
+                    for _ in running:
+                        pass
+    found = {int(str(entry["sample"])): entry for entry in quarantined(path)}
+    assert len(quarantined(path)) == len(found) == 2
+    assert found[7] == {
+        "shard": "train/synthetic-000000", "key": "00000007", "reason": "checksum differs",
+        "sample": 7, "epoch": found[7]["epoch"], "rank": 1,
+    }  # fmt: skip
+    assert str(found[20]["reason"]).startswith("damaged JPEG")
+
+
+def test_no_file_is_written_where_nothing_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    with Loader(Faulty(), CONFIG, BATCHES_OF_8, train=True, seed=0, quarantine=path) as running:
+        list(running)
+    assert not path.exists()
+
+
+def test_line_that_a_full_disk_has_cut_off_does_not_take_the_next_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    path.write_text('{"shard": "train/syn')
+    with Loader(Faulty(damaged=(7,)), CONFIG, BATCHES_OF_8, train=True, seed=0, quarantine=path) as running:
+        list(running)
+    cut, line = path.read_text().splitlines()
+    assert (cut, json.loads(line)["sample"]) == ('{"shard": "train/syn', 7)
+
+
+@pytest.mark.parametrize("path", ["/dev/full", "/proc/nowhere/quarantine.jsonl"])
+def test_quarantine_that_cannot_be_written_ends_nothing(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    source = Faulty(damaged=(7, 20))
+    with Loader(source, CONFIG, BATCHES_OF_8, train=True, seed=0, quarantine=Path(path)) as running:
+        assert len(list(running)) == 5
+        assert running.stats()["bad_samples"] == 2
+    assert caplog.text.count(f"{path} cannot be written: No ") == 1
+
+
+def test_loader_made_before_a_fork_serves_the_child_even_from_within_an_iteration(shard_folder: Path) -> None:
+    program = f"""
+import os, sys
+from data_pipeline import DataConfig, build_loader
+config = DataConfig(path={str(shard_folder)!r}, num_classes=3, image_size=20, num_threads=2)
+loader = build_loader(config, "train", train=True, global_batch_size=4, rank=0, world_size=1, seed=0)
+def rest():
+    return [(batch.ids.tolist(), int(batch.images.sum())) for batch in loader]
+expected = rest()
+loader.set_epoch(0)
+for iterating in (False, True):
+    if iterating:
+        running = iter(loader)
+        next(running)
+    child = os.fork()
+    if child == 0:
+        sys.exit(0 if rest() == expected[iterating:] else 5)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, iterating
+assert rest() == expected[1:]
+"""
+    ended = subprocess.run([sys.executable, "-c", program], timeout=300, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_images_of_the_wrong_shape_count_as_damaged() -> None:
