@@ -19,6 +19,7 @@ from data_pipeline.prepare import (
     mask_folders,
     options,
     synthetic_jpegs,
+    webdataset,
 )
 from data_pipeline.prepare.beton import build_beton
 from data_pipeline.prepare.build import Outcome, build, merge
@@ -50,6 +51,7 @@ CONVERTERS: tuple[Converter, ...] = (
     imagefolder,
     imagenet,
     imagenet22k,
+    webdataset,
     digits,
     synthetic_jpegs,
     ade20k,
