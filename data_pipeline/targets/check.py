@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-TargetCheck = Callable[[bytes, tuple[int, int]], None]
-"""(content of a target's file, (height, width) of its upright image) -> None; raises TargetError. Picklable."""
+TargetCheck = Callable[[bytes, tuple[int, int]], Any]
+"""(content of a target's file, (height, width) of its upright image) -> what it holds: the values of a mask, or
+objects.ImageObjects. Raises TargetError where that is wrong or does not fit the image. Picklable."""
 
 SEGMENTATION, DETECTION = "segmentation", "detection"
 

@@ -106,13 +106,14 @@ def _png_size(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def check_mask(data: bytes, size: tuple[int, int], labels: MaskLabels) -> None:
-    """Prove that a mask is whole, as large as its upright image `size` (height, width), and holds known values only.
+def check_mask(data: bytes, size: tuple[int, int], labels: MaskLabels) -> npt.NDArray[np.uint8]:
+    """Read a mask that must be as large as its upright image `size` (height, width) and hold known values only.
 
     Raises TargetError.
     """
     require_same_size("the mask", _png_size(data), size)  # before any of its pixels are unpacked
-    present = np.bincount(read_mask(data).ravel(), minlength=256) > 0
+    mask = read_mask(data)
+    present = np.bincount(mask.ravel(), minlength=256) > 0
     known = class_table(labels) != IGNORED
     known[list(labels.ignore)] = True
     unknown = np.flatnonzero(present & ~known).tolist()
@@ -120,6 +121,7 @@ def check_mask(data: bytes, size: tuple[int, int], labels: MaskLabels) -> None:
         more = ", ..." if len(unknown) > _SHOWN_VALUES else ""
         shown = ", ".join(map(str, unknown[:_SHOWN_VALUES]))
         raise TargetError(f"the mask holds the value {shown}{more}; allowed are {labels}")
+    return mask
 
 
 def resize_mask(data: bytes, before: tuple[int, int], after: tuple[int, int]) -> bytes:

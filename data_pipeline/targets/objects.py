@@ -110,9 +110,11 @@ def read_objects(data: bytes, labels: ObjectLabels) -> ImageObjects:
     return ImageObjects(content["image_id"], content["file_name"], size, objects)
 
 
-def check_objects(data: bytes, size: tuple[int, int], labels: ObjectLabels) -> None:
-    """Prove that annotations are whole, sound and made for the upright image `size` (height, width); TargetError."""
-    require_same_size("the image that the annotations describe", read_objects(data, labels).size, size)
+def check_objects(data: bytes, size: tuple[int, int], labels: ObjectLabels) -> ImageObjects:
+    """Read annotations that must be sound and made for the upright image `size` (height, width); raises TargetError."""
+    found = read_objects(data, labels)
+    require_same_size("the image that the annotations describe", found.size, size)
+    return found
 
 
 def _object(entry: Any, size: tuple[int, int], labels: ObjectLabels) -> ImageObject:
