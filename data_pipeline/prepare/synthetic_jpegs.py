@@ -50,7 +50,7 @@ _ASPECTS = ((4, 3), (4, 3), (3, 4), (3, 2), (1, 1), (2, 3), (16, 9))
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class Recipe:
     """All that an image depends on beside its split and number."""
 
     width: int
@@ -84,7 +84,7 @@ def list_source(arguments: argparse.Namespace) -> Listing:
     for name in ("images", "val_images", "classes"):
         if getattr(arguments, name) < 1:
             raise DataError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(arguments, name)}.")
-    recipe = _Recipe(width, height, arguments.vary, arguments.classes, arguments.seed)
+    recipe = Recipe(width, height, arguments.vary, arguments.classes, arguments.seed)
     estimate = round(width * height * _BYTES_PER_PIXEL)
     splits = {
         split: [
@@ -98,12 +98,12 @@ def list_source(arguments: argparse.Namespace) -> Listing:
     return Listing(NAME, options, names, splits, functools.partial(_read, recipe))
 
 
-def _read(recipe: _Recipe, item: Item) -> SourceFiles:
+def _read(recipe: Recipe, item: Item) -> SourceFiles:
     split, number = item.place
     return SourceFiles(draw_jpeg(recipe, split, number))
 
 
-def draw_jpeg(recipe: _Recipe, split: str, number: int) -> bytes:
+def draw_jpeg(recipe: Recipe, split: str, number: int) -> bytes:
     """The JPEG file of an image: a function of its arguments alone (and of the libraries that draw and encode it)."""
     from PIL import Image
 
@@ -120,7 +120,7 @@ def draw_jpeg(recipe: _Recipe, split: str, number: int) -> bytes:
     return file.getvalue()
 
 
-def _varied(recipe: _Recipe, rng: np.random.Generator) -> tuple[int, int]:
+def _varied(recipe: Recipe, rng: np.random.Generator) -> tuple[int, int]:
     """A width and a height, with half to one and a half times as many pixels as the recipe says."""
     across, down = _ASPECTS[rng.integers(len(_ASPECTS))]
     unit = math.sqrt(recipe.width * recipe.height * rng.uniform(0.5, 1.5) / (across * down))
