@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ import numpy.typing as npt
 import torch
 
 from data_pipeline.augment import SampleDraws
-from data_pipeline.decode import DecodeError, decode_image
+from data_pipeline.config import Decoding
+from data_pipeline.decode import LARGE_PIXELS, DecodeError, Scratch, open_image
 from data_pipeline.shards.source import DamagedSampleError, DataError, Source
 from data_pipeline.transforms import Transform
 
@@ -63,20 +65,25 @@ class EpochReader:
     substitute: bool
     """Serve another sample in the place of a damaged one; otherwise mark the place invalid."""
 
+    decoding: Decoding = "fast"
+
     at_work: dict[str, int] = field(default_factory=dict)
     """Name of a thread -> the sample it has in hand."""
+
+    large: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a large image is decoded, so that memory is taken for one at a time."""
 
     def fill(self, batch: Batch, slots: range) -> Report:
         """Write the given places of `batch`; runs in any thread."""
         started = time.perf_counter()
         report = Report()
-        draws = SampleDraws(self.seed, self.epoch)
+        draws, scratch = SampleDraws(self.seed, self.epoch), Scratch()
         images, labels, valid = batch.images.numpy(), batch.labels.numpy(), batch.valid.numpy()
         thread = threading.current_thread().name
         ids, copies = batch.ids[slots.start : slots.stop].tolist(), batch.copies[slots.start : slots.stop].tolist()
         for slot, sample_id, copy in zip(slots, ids, copies, strict=True):
             self.at_work[thread] = sample_id
-            label = self._write(sample_id, copy, draws, images[slot], report) if valid[slot] else None
+            label = self._write(sample_id, copy, draws, scratch, images[slot], report) if valid[slot] else None
             if label is None:
                 images[slot], labels[slot], valid[slot] = 0, 0, False
             else:
@@ -96,13 +103,19 @@ class EpochReader:
         return "; ".join(places) or "no thread has a sample in hand"
 
     def _write(
-        self, sample_id: int, copy: int, draws: SampleDraws, out: npt.NDArray[np.uint8], report: Report
+        self,
+        sample_id: int,
+        copy: int,
+        draws: SampleDraws,
+        scratch: Scratch,
+        out: npt.NDArray[np.uint8],
+        report: Report,
     ) -> int | None:
         """Write one image and return its label; None if it is damaged and nothing may stand in for it."""
         for attempt in range(1 + _MAX_SUBSTITUTES):
             candidate = (sample_id + attempt) % len(self.source)
             try:
-                return self._prepare(candidate, draws.of(sample_id, copy), out)
+                return self._prepare(candidate, draws.of(sample_id, copy), scratch, out)
             except DamagedSampleError as error:
                 report.damaged.append((candidate, error))
             if not self.substitute:
@@ -112,16 +125,17 @@ class EpochReader:
             f"{report.damaged[-1][1]}. Check the shards with `python -m data_pipeline.verify`"
         )
 
-    def _prepare(self, sample_id: int, rng: np.random.Generator, out: npt.NDArray[np.uint8]) -> int:
+    def _prepare(self, sample_id: int, rng: np.random.Generator, scratch: Scratch, out: npt.NDArray[np.uint8]) -> int:
         where = f"sample {sample_id}"
         try:
             sample = self.source.read(sample_id)
             where = f"sample '{sample.key}' in shard {sample.shard}"
             try:
-                pixels = decode_image(sample.image)
+                picture = open_image(sample.image, self.decoding, verified=sample.verified, scratch=scratch)
+                with self.large if picture.stored_pixels > LARGE_PIXELS else contextlib.nullcontext():
+                    self.transform(picture, rng, out)
             except DecodeError as error:
                 raise DamagedSampleError(sample.shard, sample.key, str(error)) from error
-            self.transform(pixels, rng, out)
             return sample.label
         except (DamagedSampleError, DataError):
             raise

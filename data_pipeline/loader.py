@@ -210,7 +210,14 @@ class Loader:
     def _serve(self) -> Generator[Batch, None, None]:
         """Keep `prefetch` batches in the making while the consumer works on one."""
         order = self._order(self._epoch)
-        reader = EpochReader(self._source, self._transform, self._seed, self._epoch, substitute=self._train)
+        reader = EpochReader(
+            self._source,
+            self._transform,
+            self._seed,
+            self._epoch,
+            substitute=self._train,
+            decoding=self._config.decoding,
+        )
         expectation = Expectation(self._source, self._batching, order, lambda: self._order(self._epoch + self._train))
         ahead = self._config.prefetch if self._num_threads else 0
         first, step = self._consumed, self._batching.global_batch_size

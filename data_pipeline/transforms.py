@@ -1,4 +1,4 @@
-"""Decoded pixels -> one slot of a batch: crop, resize, augment; and normalisation of a whole batch on its device."""
+"""A picture -> one slot of a batch: crop, resize, augment; and normalisation of a whole batch on its device."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import torch
 
 from data_pipeline.augment import parse_rand_augment, random_crop_box, random_erase
 from data_pipeline.config import DataConfig, Interpolation
+from data_pipeline.decode import Box, Picture, Size
 
 Image = npt.NDArray[np.uint8]
-Transform = Callable[[Image, np.random.Generator, Image], None]
-"""(decoded image uint8 (H, W, 3), the sample's generator, slot of the batch uint8 (S, S, 3) to write)"""
+Transform = Callable[[Picture, np.random.Generator, Image], None]
+"""(picture, the sample's generator, slot of the batch uint8 (S, S, 3) to write); decodes the box that it draws, and no
+more. Raises what Picture.region raises."""
 
 
 def train_transform(config: DataConfig) -> Transform:
@@ -28,12 +30,11 @@ def train_transform(config: DataConfig) -> Transform:
     rand_augment = parse_rand_augment(augment.rand_augment) if augment.rand_augment else None
     red, green, blue = (round(255 * channel) for channel in config.mean)
 
-    def transform(image: Image, rng: np.random.Generator, out: Image) -> None:
-        top, left, height, width = random_crop_box(rng, image.shape[:2], augment.scale, augment.ratio)
+    def transform(picture: Picture, rng: np.random.Generator, out: Image) -> None:
+        box = random_crop_box(rng, picture.size, augment.scale, augment.ratio)
         flip_draw, erase_draw = rng.random(2).tolist()
-        resize(image[top : top + height, left : left + width], out, augment.interpolation)
-        if flip_draw < augment.horizontal_flip:
-            out[...] = mirror(out)
+        pixels = picture.region(box, (out.shape[0], out.shape[1]))
+        resize(pixels, out, augment.interpolation, mirrored=flip_draw < augment.horizontal_flip)
         if rand_augment is not None:
             out[...] = rand_augment(out, rng, (red, green, blue))
         if erase_draw < augment.random_erasing:
@@ -49,60 +50,69 @@ def eval_transform(config: DataConfig) -> Transform:
     """
     short_side = math.floor(config.image_size / config.eval_crop_pct)
 
-    def transform(image: Image, rng: np.random.Generator, out: Image) -> None:
-        image = _middle(image)
-        height, width = image.shape[:2]
+    def transform(picture: Picture, rng: np.random.Generator, out: Image) -> None:
+        box = _middle(picture.size)
+        height, width = box[2:]
         scale = short_side / min(height, width)
         resized_height, resized_width = max(short_side, int(height * scale)), max(short_side, int(width * scale))
         resized = np.empty((resized_height, resized_width, 3), np.uint8)
-        resize(image, resized, config.augment.interpolation)
+        resize(picture.region(box, resized.shape[:2]), resized, config.augment.interpolation)
         top, left = round((resized_height - out.shape[0]) / 2), round((resized_width - out.shape[1]) / 2)
         out[...] = resized[top : top + out.shape[0], left : left + out.shape[1]]
 
     return transform
 
 
-def _middle(image: Image) -> Image:
-    """The image without what lies more than about two short sides from its centre, as a view."""
-    height, width = image.shape[:2]
+def _middle(size: Size) -> Box:
+    """An image without what lies more than about two short sides from its centre."""
+    height, width = size
     # As much is cut at either end, so the centre stays; the square's neighbours within a filter's reach stay as well.
     cut = max(0, max(height, width) - 4 * min(height, width)) // 2
-    return image[cut : height - cut] if height > width else image[:, cut : width - cut]
+    return (cut, 0, height - 2 * cut, width) if height > width else (0, cut, height, width - 2 * cut)
 
 
-def resize(image: Image, out: Image, interpolation: Interpolation) -> None:
+def resize(image: Image, out: Image, interpolation: Interpolation, *, mirrored: bool = False) -> None:
     """Resample `image`, uint8 (H, W, 3), onto `out`, uint8 (H', W', 3); equal sizes are copied unchanged.
 
     "antialias" averages over the pixels that fall on one, as Pillow's bilinear filter does (torch); "linear" reads
     four neighbours (OpenCV, or torch where OpenCV is missing); "area" is OpenCV's INTER_AREA. All run in the caller's
-    thread.
+    thread. `mirrored`: left and right are exchanged.
     """
+    cv2 = _cv2()
     if image.shape == out.shape:
-        out[...] = image
-        return
-    cv2 = _cv2() if interpolation != "antialias" else None
-    if cv2 is not None:
+        resized = image
+    elif cv2 is not None and interpolation != "antialias":
         method = cv2.INTER_LINEAR if interpolation == "linear" else cv2.INTER_AREA
-        cv2.resize(image, (out.shape[1], out.shape[0]), dst=out, interpolation=method)
-        return
+        size = (out.shape[1], out.shape[0])
+        if not mirrored:
+            cv2.resize(image, size, dst=out, interpolation=method)
+            return
+        resized = cv2.resize(image, size, interpolation=method)
+    else:
+        resized = _resized_by_torch(image, (out.shape[0], out.shape[1]), interpolation)
+    if not mirrored:
+        out[...] = resized
+    elif cv2 is not None:
+        cv2.flip(resized, 1, dst=out)
+    else:
+        out[...] = resized[:, ::-1]
+
+
+def _resized_by_torch(image: Image, size: Size, interpolation: Interpolation) -> Image:
     if interpolation == "area":
         raise ImportError("interpolation 'area' needs OpenCV: pip install opencv-python, or use 'antialias'")
     # Torch has a fast path for bytes, five times as fast, that needs strides which say "channels last" beyond doubt:
-    # no gaps between rows, and the batch axis added before the channels are moved.
+    # no gaps between rows, and the batch axis added before the channels are moved. It also warns of read-only memory.
+    if not (image.flags.c_contiguous and image.flags.writeable):
+        image = image.copy()
     resized = torch.nn.functional.interpolate(
-        torch.from_numpy(image.copy()).unsqueeze(0).permute(0, 3, 1, 2),
-        size=out.shape[:2],
+        torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2),
+        size=size,
         mode="bilinear",
         antialias=interpolation == "antialias",
     )
-    out[...] = resized.permute(0, 2, 3, 1).numpy()[0]
-
-
-def mirror(image: Image) -> Image:
-    """The image with left and right exchanged."""
-    cv2 = _cv2()
-    mirrored: Image = cv2.flip(image, 1) if cv2 is not None else image[:, ::-1].copy()
-    return mirrored
+    pixels: Image = resized.permute(0, 2, 3, 1).numpy()[0]
+    return pixels
 
 
 def normalize(

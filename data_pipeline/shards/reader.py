@@ -148,13 +148,13 @@ class TarSource:
         stored = _Stored(shard, self._folder / name, name, record)
         image: bytes | RestartRows
         if record.row_offsets:
-            image = RestartRows(len(record.row_offsets), stored.pieces)
+            image = RestartRows(record.row_offsets, stored.pieces)
         else:
             image = stored.proved(record.offset, record.size, record.crc32, "image")
         target = None
         if record.target_size:
             target = stored.proved(record.target_offset, record.target_size, record.target_crc32, "target")
-        return RawSample(record.key, image, record.label, name, target)
+        return RawSample(record.key, image, record.label, name, target, verified=True)
 
     def close(self) -> None:
         """Close all files. Reading afterwards is an error."""

@@ -51,6 +51,9 @@ class RawSample:
     target: bytes | None = None
     """What a dense task is to learn: the file of a mask (PNG) or of annotations (JSON)."""
 
+    verified: bool = False
+    """A checksum has proved that `image` is what was written, from an image that was found sound then."""
+
 
 @runtime_checkable
 class Source(Protocol):

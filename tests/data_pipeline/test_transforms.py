@@ -11,7 +11,8 @@ from PIL import Image
 from data_pipeline import transforms
 from data_pipeline.augment import SampleDraws
 from data_pipeline.config import AugmentConfig, DataConfig, Interpolation
-from data_pipeline.transforms import eval_transform, mirror, normalize, resize, train_transform
+from data_pipeline.decode import open_image
+from data_pipeline.transforms import eval_transform, normalize, resize, train_transform
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -39,7 +40,7 @@ def smooth(height: int, width: int) -> Pixels:
 
 def applied(augment: AugmentConfig, image: Pixels, sample: int = 0, size: int = 16) -> Pixels:
     out = np.zeros((size, size, 3), np.uint8)
-    train_transform(DataConfig(image_size=size, augment=augment))(image, SampleDraws(0, 0).of(sample), out)
+    train_transform(DataConfig(image_size=size, augment=augment))(open_image(image), SampleDraws(0, 0).of(sample), out)
     return out
 
 
@@ -142,15 +143,21 @@ def test_resizing_reads_arrays_that_may_not_be_written(recwarn: pytest.WarningsR
     assert not recwarn.list
 
 
-def test_mirror_is_its_own_inverse(library: str) -> None:
-    image = picture(7, 12)
-    assert (mirror(image) == image[:, ::-1]).all()
-    assert (mirror(mirror(image)) == image).all()
+@pytest.mark.parametrize("interpolation", ["antialias", "linear"])
+@pytest.mark.parametrize("size", [(7, 12), (5, 9)])
+def test_mirrored_resizing_is_resizing_and_mirroring(
+    library: str, interpolation: Interpolation, size: tuple[int, int]
+) -> None:
+    image, plain, mirrored = picture(7, 12), np.zeros((*size, 3), np.uint8), np.zeros((*size, 3), np.uint8)
+    resize(image, plain, interpolation)
+    resize(image, mirrored, interpolation, mirrored=True)
+    assert (mirrored == plain[:, ::-1]).all()
+    assert (mirrored != plain).any()
 
 
 def test_opencv_starts_no_threads_of_its_own() -> None:
     cv2 = pytest.importorskip("cv2")
-    mirror(picture(4, 4))
+    resize(picture(4, 4), np.zeros((2, 2, 3), np.uint8), "linear")
     assert cv2.getNumThreads() <= 1
 
 
@@ -164,13 +171,13 @@ def test_opencv_starts_no_threads_of_its_own() -> None:
 )
 def test_evaluation_takes_the_central_square(size: tuple[int, int], rows: slice, columns: slice) -> None:
     image, out = picture(*size), np.zeros((8, 8, 3), np.uint8)  # 8 / 0.8 = 10 is the short side: nothing is resampled
-    eval_transform(DataConfig(image_size=8, eval_crop_pct=0.8))(image, SampleDraws(0, 0).of(0), out)
+    eval_transform(DataConfig(image_size=8, eval_crop_pct=0.8))(open_image(image), SampleDraws(0, 0).of(0), out)
     assert (out == image[rows, columns]).all()
 
 
 def test_evaluation_resizes_the_short_side_and_keeps_the_aspect_ratio() -> None:
     image, out = smooth(100, 150), np.zeros((28, 28, 3), np.uint8)
-    eval_transform(DataConfig(image_size=28, eval_crop_pct=0.875))(image, SampleDraws(0, 0).of(0), out)
+    eval_transform(DataConfig(image_size=28, eval_crop_pct=0.875))(open_image(image), SampleDraws(0, 0).of(0), out)
     resized = np.asarray(Image.fromarray(image).resize((48, 32), Image.Resampling.BILINEAR))
     assert np.abs(out.astype(int) - resized[2:30, 10:38]).max() <= 1
 
@@ -178,7 +185,9 @@ def test_evaluation_resizes_the_short_side_and_keeps_the_aspect_ratio() -> None:
 @pytest.mark.parametrize("size", [(3, 400), (400, 3), (1, 1), (33, 32)])
 def test_evaluation_fills_the_square_from_any_shape(size: tuple[int, int]) -> None:
     out = np.zeros((28, 28, 3), np.uint8)
-    eval_transform(DataConfig(image_size=28))(np.full((*size, 3), 9, np.uint8), SampleDraws(0, 0).of(0), out)
+    eval_transform(DataConfig(image_size=28))(
+        open_image(np.full((*size, 3), 9, np.uint8)), SampleDraws(0, 0).of(0), out
+    )
     assert (out == 9).all()
 
 
@@ -209,7 +218,7 @@ def test_evaluation_serves_the_centre_of_the_whole_resized_image(
 ) -> None:
     out = np.zeros((56, 56, 3), np.uint8)
     config = DataConfig(image_size=56, augment=AugmentConfig(interpolation=interpolation))
-    eval_transform(config)(smooth(*size), SampleDraws(0, 0).of(0), out)
+    eval_transform(config)(open_image(smooth(*size)), SampleDraws(0, 0).of(0), out)
     expected = centre_of_the_whole_resized(smooth(*size), 64, 56, interpolation)
     assert np.abs(out.astype(int) - expected).mean() <= difference
 
@@ -226,7 +235,9 @@ def test_evaluation_of_a_strip_resizes_its_middle_only(upright: bool, monkeypatc
     strip = np.zeros((2, 6000, 3), np.uint8)
     strip[:, 2999], strip[:, 3000] = 40, 200  # the two columns on either side of the centre
     out = np.zeros((224, 224, 3), np.uint8)
-    eval_transform(DataConfig())(strip.transpose(1, 0, 2) if upright else strip, SampleDraws(0, 0).of(0), out)
+    eval_transform(DataConfig())(
+        open_image(strip.transpose(1, 0, 2) if upright else strip), SampleDraws(0, 0).of(0), out
+    )
     assert shapes == [((8, 2, 3), (1024, 256, 3)) if upright else ((2, 8, 3), (256, 1024, 3))]
     # Each source column is 128 wide; between the centres of two columns (48 and 176 here) the brightness is linear.
     places = np.arange(224) + 0.5
