@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.prepare import folder, parts
+from data_pipeline.prepare import folder, parts, recode
 from data_pipeline.prepare.folder import LEFT_OUT_FILE, PROGRESS_FOLDER, locked
 from data_pipeline.prepare.listing import Item, Listing, cut_evenly, cut_into_shards, mixed, source_digest
 from data_pipeline.prepare.load import Loading
@@ -87,8 +87,8 @@ def merge(out: Path, converter: str, options: BuildOptions) -> Outcome:
     try:
         if not out.is_dir():
             raise DataError(f"There is nothing to merge: there is no folder {out}. Run the parts (--part) first.")
+        folder.require_options(out, converter, options.recorded())
         with locked(out, shared=False, whose=f"Another run is preparing {out}"):
-            folder.require_options(out, converter, options.recorded())
             finished = _finished_index(out)
             if finished is not None:  # the index is written last
                 return _look_at_finished(out, finished)
@@ -100,6 +100,8 @@ def merge(out: Path, converter: str, options: BuildOptions) -> Outcome:
 
 
 def _require_possible(listing: Listing, options: BuildOptions) -> None:
+    if options.recode.restart_rows:
+        recode.require_tool()
     if options.recode.max_size is not None and listing.kind != "classification" and listing.resize_target is None:
         raise DataError(f"--max-size cannot be used with {listing.converter}: its targets would not fit the images.")
 

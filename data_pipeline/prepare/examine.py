@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-import struct
 from dataclasses import dataclass
 
-from data_pipeline.decode import DecodeError, _exif_orientation, decode_image
+from data_pipeline import jpeg
+from data_pipeline.decode import DecodeError, decode_image
 from data_pipeline.shards.shard_index import SUBSAMPLINGS
 
-_JPEG_START = b"\xff\xd8"
-_PROGRESSIVE_FRAMES = (0xC2, 0xC6, 0xCA, 0xCE)
 _ORIENTATION_TAG = 0x0112
 _EXTENSIONS = {"TIFF": "tif"}  # of Pillow's formats whose extension is not their name
 
@@ -53,7 +51,7 @@ def examine(data: bytes) -> ImageFacts:
         raise UnreadableImageError("the file is empty")
     try:
         decode_image(data)
-        return _jpeg_facts(data) if data[:2] == _JPEG_START else _other_facts(data)
+        return _jpeg_facts(data) if data.startswith(jpeg.START) else _other_facts(data)
     except DecodeError as error:
         raise UnreadableImageError(_MEMORY_ADDRESS.sub("", str(error))) from error
     except Exception as error:  # image libraries fail in many ways on bytes from outside; each is reported by its path
@@ -61,31 +59,15 @@ def examine(data: bytes) -> ImageFacts:
 
 
 def _jpeg_facts(data: bytes) -> ImageFacts:
-    frame, components, height, width = _frame(data)
-    orientation = _exif_orientation(data)
+    header = jpeg.parse_header(data)
     found = {
-        CMYK: components == 4,
-        PROGRESSIVE: frame in _PROGRESSIVE_FRAMES,
-        GRAYSCALE: components == 1,
-        ROTATED: orientation != 1,
+        CMYK: header.components == 4,
+        PROGRESSIVE: header.progressive,
+        GRAYSCALE: header.components == 1,
+        ROTATED: header.orientation != 1,
     }
     traits = tuple(trait for trait, present in found.items() if present)
-    return ImageFacts(width, height, _subsampling(data), "jpg", orientation, traits)
-
-
-def _frame(data: bytes) -> tuple[int, int, int, int]:
-    """(marker of the frame, components, height, width) of a JPEG that can be decoded."""
-    position = 2
-    while position + 10 <= len(data):
-        marker = data[position + 1]
-        if data[position] != 0xFF or marker == 0xFF:  # fill bytes
-            position += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width, components = struct.unpack_from(">HHB", data, position + 5)
-            return marker, components, height, width
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    raise UnreadableImageError("damaged JPEG: no frame header")
+    return ImageFacts(header.width, header.height, _subsampling(data), "jpg", header.orientation, traits)
 
 
 def _subsampling(data: bytes) -> str:

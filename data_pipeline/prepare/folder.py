@@ -91,12 +91,11 @@ def option_differences(before: dict[str, str], after: dict[str, str]) -> list[st
 
 @contextlib.contextmanager
 def locked(path: Path, shared: bool, whose: str) -> Iterator[None]:
-    """Hold a lock on a folder, or on a file that is made for it; DataError says that `whose` run holds it.
+    """Hold the lock of a claimed folder, or of a file that is made for it; DataError says that `whose` run holds it.
 
-    The lock goes with the process, however it ends.
+    The lock goes with the process, however it ends. A folder's lock is on its record, which is never replaced.
     """
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT  # NFS locks only what is open for writing
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    descriptor = _open_to_lock(path / RECORD_FILE, 0) if path.is_dir() else _open_to_lock(path, os.O_CREAT)
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
@@ -109,6 +108,15 @@ def locked(path: Path, shared: bool, whose: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             os.close(descriptor)
+
+
+def _open_to_lock(path: Path, more: int) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | more, 0o666)  # NFS locks only what is open for writing
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # a finished set that may only be read
 
 
 def create_once(path: Path, content: bytes) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from data_pipeline import restart_rows
 from data_pipeline.prepare import recode
 from data_pipeline.prepare.examine import ImageFacts, UnreadableImageError, examine
 from data_pipeline.prepare.listing import Item, Kind, Listing, ResizeTarget, SourceFiles
 from data_pipeline.prepare.options import Recode
 from data_pipeline.targets import TargetCheck, TargetError, target_check
 
-RESIZED = "made smaller"
+RESIZED, ROWS_INSERTED, WITHOUT_ROWS = "made smaller", "given restart rows", "unable to take restart rows"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def usable(files: SourceFiles, loading: Loading) -> Loaded:
     max_size = loading.recode.max_size
     if max_size is not None and min(facts.width, facts.height) > max_size:
         loaded = _resized(loaded, max_size, loading)
-    return loaded
+    return _with_rows(loaded, loading.recode) if loaded.facts.extension == "jpg" else loaded
 
 
 def _check_target(target: bytes, facts: ImageFacts, check: TargetCheck) -> None:
@@ -99,3 +100,14 @@ def _resized(loaded: Loaded, max_size: int, loading: Loading) -> Loaded:
     if target is not None and loading.resize_target is not None:
         target = loading.resize_target(target, before.upright_size, (facts.height, facts.width))
     return Loaded(SourceFiles(image, target), facts, traits=(*loaded.traits, RESIZED))
+
+
+def _with_rows(loaded: Loaded, chosen: Recode) -> Loaded:
+    """Note the restart rows that a JPEG has, or give it some where that was chosen."""
+    image = loaded.files.image
+    rows = restart_rows.find_rows(image)
+    if rows or not chosen.restart_rows:
+        return replace(loaded, rows=rows)
+    image, rows = recode.with_restart_rows(image)
+    trait = ROWS_INSERTED if rows else WITHOUT_ROWS
+    return replace(loaded, files=replace(loaded.files, image=image), rows=rows, traits=(*loaded.traits, trait))

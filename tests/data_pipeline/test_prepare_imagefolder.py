@@ -477,7 +477,7 @@ def test_two_runs_into_one_output_at_a_time_are_refused(
     import fcntl
 
     assert _prepare(shard_source, tmp_path / "out") == 0
-    descriptor = os.open(tmp_path / "out", os.O_RDONLY)
+    descriptor = os.open(tmp_path / "out" / "prepare.json", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     assert _prepare(shard_source, tmp_path / "out") == 1
     assert "Another run is preparing" in capsys.readouterr().err

@@ -303,3 +303,64 @@ def test_help_names_every_converter_and_every_common_option(capsys: pytest.Captu
         ):
             assert option in shown, (converter.NAME, option)
         assert "exit codes:" in shown
+
+
+def test_restart_rows_change_no_pixel_and_are_noted_in_the_index(
+    tmp_path: Path, mixed_sizes: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from data_pipeline import restart_rows
+    from data_pipeline.shards import shard_index
+
+    assert _prepare(tmp_path / "source", tmp_path / "out", "--restart-rows") == 0
+    assert "9 given restart rows" in capsys.readouterr().out
+    found = _images_with_rows(tmp_path / "out")
+    index = shard_index.load(tmp_path / "out" / "train" / "shard-000000.idx")
+    for number, key in enumerate(index.keys):
+        rows = index.rows_of(number)["offset"].tolist()
+        if key in ("cat/small", "cat/large"):
+            assert (found[key], rows) == (mixed_sizes[key], [])
+            continue
+        assert rows == list(restart_rows.find_rows(found[key])), key
+        assert len(rows) > 2, key
+        assert found[key] != mixed_sizes[key]
+        for decoding in ("exact", "fast"):
+            assert np.array_equal(decode_image(found[key], decoding), decode_image(mixed_sizes[key], decoding)), key
+    before = _contents(tmp_path / "out")
+    assert _prepare(tmp_path / "source", tmp_path / "out", "--restart-rows") == 0
+    assert "nothing was done" in capsys.readouterr().out
+    assert _prepare(tmp_path / "source", tmp_path / "out") == 1
+    assert "restart-rows was yes, now not given" in capsys.readouterr().err
+    assert _contents(tmp_path / "out") == before
+
+
+def test_restart_rows_that_are_there_already_are_noted_without_being_asked_for(
+    tmp_path: Path, mixed_sizes: dict[str, bytes]
+) -> None:
+    from data_pipeline import restart_rows
+    from data_pipeline.shards import shard_index
+
+    image, rows = restart_rows.insert(mixed_sizes["cat/wide"])
+    (tmp_path / "source" / "train" / "cat" / "wide.jpg").write_bytes(image)
+    for chosen in ((), ("--restart-rows",)):
+        out = tmp_path / f"out{len(chosen)}"
+        assert _prepare(tmp_path / "source", out, *chosen) == 0
+        index = shard_index.load(out / "train" / "shard-000000.idx")
+        assert _images_with_rows(out)["cat/wide"] == image
+        assert tuple(index.rows_of(index.keys.index("cat/wide"))["offset"]) == rows
+
+
+def test_without_jpegtran_restart_rows_are_refused_before_anything_is_written(
+    tmp_path: Path, mixed_sizes: dict[str, bytes], monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _prepare(tmp_path / "source", tmp_path / "out", "--restart-rows") == 1
+    assert "error: --restart-rows: restart rows need the program jpegtran: install" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def _images_with_rows(out: Path) -> dict[str, bytes]:
+    import tarfile
+
+    with tarfile.open(out / "train" / "shard-000000.tar") as tar:
+        files = {member.name: tar.extractfile(member) for member in tar if not member.name.endswith(".cls")}
+        return {name.split(".")[0]: file.read() for name, file in files.items() if file is not None}

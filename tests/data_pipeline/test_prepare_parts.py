@@ -274,7 +274,7 @@ def test_a_part_is_made_by_one_run_at_a_time_and_by_none_beside_a_merge_or_a_who
         assert _prepare(source, out, "--part", "1/2") == 1
         assert f"Another run is preparing {out}, part 1/2, at this moment" in capsys.readouterr().err
         assert _prepare(source, out, "--part", "2/2") in (0, 3)
-    descriptor = os.open(out, os.O_RDONLY)
+    descriptor = os.open(out / "prepare.json", os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH)  # as a part at work holds it
         for arguments in (("--merge",), ()):
