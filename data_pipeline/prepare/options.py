@@ -148,8 +148,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--restart-rows",
         action="store_true",
-        help="put a restart marker after every row of blocks of each JPEG (with jpegtran; no pixel changes, some 0.1 "
-        "%% more bytes): training then decodes only the rows under a crop",
+        help="put a restart marker after every row of blocks of each JPEG, so that training decodes only the rows under "
+        "a crop; jpegtran does it without decoding: no pixel changes, and files become a little smaller",
     )
     images.add_argument(
         "--on-error",
@@ -186,6 +186,8 @@ def from_arguments(arguments: argparse.Namespace) -> BuildOptions:
         for name in ("shard_size", "num_shards", "part", "merge"):
             if getattr(arguments, name):
                 raise ValueError(f"--format ffcv makes one file per split: --{name.replace('_', '-')} does not apply")
+        if arguments.restart_rows:
+            raise ValueError("--restart-rows is for tar shards, whose index says where the rows are; ffcv has none")
     elif arguments.raw_fraction is not None:
         raise ValueError("--raw-fraction is for --format ffcv; tar shards hold images as they are")
     return BuildOptions(

@@ -155,6 +155,7 @@ def test_options_that_change_images_are_remembered_and_others_refused(
         (("--part", "5/4"), "there is no part 5/4: parts are counted from 1/4 to 4/4"),
         (("--part", "half"), "'half' is no part"),
         (("--part", "1/4", "--merge"), "not allowed with argument"),
+        (("--format", "ffcv", "--restart-rows"), "--restart-rows is for tar shards"),
     ],
 )
 def test_choices_that_make_no_sense_are_wrong_usage(
