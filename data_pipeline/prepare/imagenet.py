@@ -223,7 +223,7 @@ def _compare_counts(split: str, by_class: dict[str, list[FoundImage]], kit: Devk
 
 def _items(by_class: dict[str, list[FoundImage]], labels: dict[str, int]) -> list[Item]:
     """Keys are WNID/NAME whatever the source, so that every source gives the same shards."""
-    images = [(wnid, image) for wnid in labels for image in sorted(by_class.get(wnid, []), key=lambda i: _stem(i.name))]
+    images = [(wnid, image) for wnid in labels for image in by_class.get(wnid, [])]
     keys = unique_keys(f"{wnid}/{_stem(image.name)}" for wnid, image in images)
     return [
         Item(key, image.name, labels[wnid], image.size, image.modified, image.place)

@@ -28,12 +28,12 @@ def _tar(files: dict[str, bytes], mode: str = "w") -> bytes:
 def images(image_file) -> dict[str, dict[str, bytes]]:
     """wnid -> file name -> bytes."""
     return {
-        wnid: {f"{wnid}_{number}.JPEG": image_file(hash_of(wnid) + number) for number in range(count)}
+        wnid: {f"{wnid}_{number}.JPEG": image_file(_seed(wnid) + number) for number in range(count)}
         for wnid, count in _COUNTS.items()
     }
 
 
-def hash_of(wnid: str) -> int:
+def _seed(wnid: str) -> int:
     return int(wnid[1:]) % 10_000
 
 
