@@ -166,7 +166,7 @@ def read_annotated(source: Path, labels: ObjectLabels, item: Item) -> SourceFile
     """
     place: _Place = item.place
     index = {number: category for category, number in enumerate(labels.category_ids)}
-    content = {
+    content: dict[str, Any] = {
         "image_id": place.image.id,
         "file_name": place.image.file_name,
         "width": place.image.width,
@@ -191,8 +191,9 @@ def _read_annotations(place: _Place) -> list[dict[str, Any]]:
 
 
 def _entry(annotation: dict[str, Any], index: dict[int, int], masks: bool) -> dict[str, Any]:
-    if annotation.get("category_id") not in index:
-        raise ValueError(f"annotation {annotation['id']}: its category {annotation.get('category_id')!r} is unknown")
-    kept = {name: annotation[name] for name in ("bbox", "area", "iscrowd") if name in annotation}
-    entry = {"id": annotation["id"], "category": index[annotation["category_id"]], **kept}
+    category = annotation.get("category_id")
+    if type(category) is not int or category not in index:
+        raise ValueError(f"annotation {annotation['id']}: its category {category!r} is none that the file lists")
+    kept: dict[str, Any] = {name: annotation[name] for name in ("bbox", "area", "iscrowd") if name in annotation}
+    entry: dict[str, Any] = {"id": annotation["id"], "category": index[category], **kept}
     return {**entry, "segmentation": annotation.get("segmentation")} if masks else entry
