@@ -169,7 +169,7 @@ def parse_header(data: bytes) -> Header:
 def load(path: Path) -> ShardIndex:
     """Read and check a whole index file; raises DataError naming the file where anything is wrong with it."""
     try:
-        return _unpack(path.read_bytes())
+        return unpack(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
     except OSError as error:
@@ -178,7 +178,7 @@ def load(path: Path) -> ShardIndex:
         raise DataError(f"{path} cannot be used: {error}") from error
 
 
-def _unpack(data: bytes) -> ShardIndex:
+def unpack(data: bytes) -> ShardIndex:
     header = parse_header(data)
     if len(data) != header.file_bytes:
         raise ValueError(f"it has {len(data)} bytes instead of {header.file_bytes}")
