@@ -26,8 +26,8 @@ _MAX_OPEN_SHARDS = 512
 _MOST_SHARDS_LOOKED_AT = 20_000
 
 
-def open_source(config: DataConfig, split: str) -> TarSource:
-    """Open one split of the prepared shards in `config.path`.
+def open_source(config: DataConfig, split: str, kind: str = "classification") -> TarSource:
+    """Open one split of the prepared shards in `config.path`, which must teach what `kind` says (SetIndex.kind).
 
     Every shard must be there with the size that the index states (in a set of more than 20,000 shards what is missing
     is found out when it is to be read), and the number of classes must be `config.num_classes`. Raises DataError saying
@@ -41,6 +41,8 @@ def open_source(config: DataConfig, split: str) -> TarSource:
     index = set_index.load(folder)
     if split not in index.splits:
         raise DataError(f"{folder} has no split '{split}'; it has {', '.join(sorted(index.splits))}.")
+    if index.kind != kind:
+        raise DataError(f"{folder} is a set for {index.kind}, and one for {kind} is needed.")
     if len(index.classes) != config.num_classes:
         raise DataError(f"{folder} has {len(index.classes)} classes, but the configuration says {config.num_classes}.")
     if len(index.splits[split]) <= _MOST_SHARDS_LOOKED_AT:
