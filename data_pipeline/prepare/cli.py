@@ -63,8 +63,8 @@ EXIT_DONE, EXIT_ERROR, EXIT_LEFT_OUT, EXIT_INTERRUPTED = 0, 1, 3, 130
 _SHOWN = 20
 
 _EPILOG = """\
-The output is OUT/SPLIT/shard-000000.tar ... (plain WebDataset tars: KEY.jpg and KEY.cls), an index beside each, and
-OUT/index.json, written last. Images are copied byte by byte, unless an option says otherwise; each is decoded once, as
+The output is OUT/SPLIT/shard-000000.tar ... (plain WebDataset tars: KEY.jpg with KEY.cls or a target), an index beside
+each, and OUT/index.json, written last. Images are copied byte by byte, unless an option says otherwise; each is decoded once, as
 strictly as training does it, and what cannot be decoded is reported. The same input gives the same bytes.
 
 A run that was interrupted is continued by the same command: finished shards are compared with the source and kept. A
@@ -77,7 +77,8 @@ With --format ffcv the output is one OUT/SPLIT.beton per split, the samples in t
 beginning when it was interrupted.
 
 exit codes: 0 done; 1 error, nothing usable or unfinished; 2 wrong usage; 3 done, but some images could not be read and
-are left out (they are listed, and written to OUT/left_out.jsonl); 130 interrupted.
+are left out (they are listed, and written to OUT/left_out.jsonl; a part ends with 0, and the merge with 3); 130
+interrupted.
 """
 
 
@@ -100,12 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {printable(str(error.filename))} cannot be read: {error.strerror}.", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue: finished shards are kept.", file=sys.stderr)
+        kept = "it starts over" if chosen.format == "ffcv" else "finished shards are kept"
+        print(f"interrupted; run the same command again to continue: {kept}.", file=sys.stderr)
         return EXIT_INTERRUPTED
     if listing is not None:
         _print_passed_over(listing)
     _print_summary(arguments.out, chosen, outcome, time.monotonic() - started)
-    return EXIT_LEFT_OUT if outcome.left_out else EXIT_DONE
+    # A part that is done is one that Slurm's afterok waits for; what it left out, the merge reports.
+    return EXIT_LEFT_OUT if outcome.left_out and chosen.part is None else EXIT_DONE
 
 
 def _prepare(arguments: argparse.Namespace, listing: Listing | None, chosen: BuildOptions) -> Outcome:

@@ -59,7 +59,7 @@ def test_parts_and_a_merge_give_the_bytes_of_one_run(
     source: Path, whole: dict[str, bytes], tmp_path: Path, parts: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in reversed(range(1, parts + 1)):
-        assert _prepare(source, tmp_path / "out", "--part", f"{number}/{parts}") in (0, 3)
+        assert _prepare(source, tmp_path / "out", "--part", f"{number}/{parts}") == 0
         assert not (tmp_path / "out" / "index.json").exists()
     capsys.readouterr()
     assert _prepare(source, tmp_path / "out", "--merge") == 3
@@ -86,7 +86,7 @@ def test_parts_made_at_the_same_time_by_several_processes_give_the_bytes_of_one_
 def test_a_merge_names_the_parts_that_are_missing_and_changes_nothing(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _prepare(source, tmp_path / "out", "--part", "2/4") in (0, 3)
+    assert _prepare(source, tmp_path / "out", "--part", "2/4") == 0
     printed = capsys.readouterr().out
     assert "part 2/4: train: " in printed
     assert printed.splitlines()[-1] == "when all 4 parts have ended: the same command with --merge"
@@ -113,7 +113,7 @@ def test_another_number_of_parts_or_other_options_than_before_are_refused(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert _prepare(source, out, "--part", "1/2") in (0, 3)
+    assert _prepare(source, out, "--part", "1/2") == 0
     before = _contents(out)
     assert _prepare(source, out, "--part", "2/3") == 1
     assert f"The work on {out} was divided into 2 parts, not 3" in capsys.readouterr().err
@@ -131,7 +131,7 @@ def test_a_merge_reads_no_tar_and_a_second_one_has_nothing_to_do(
 ) -> None:
     out = tmp_path / "out"
     for number in (1, 2):
-        assert _prepare(source, out, "--part", f"{number}/2") in (0, 3)
+        assert _prepare(source, out, "--part", f"{number}/2") == 0
     for tar in out.rglob("*.tar"):
         size = tar.stat().st_size
         os.truncate(tar, 0)
@@ -151,7 +151,7 @@ def test_a_merge_says_which_part_to_run_again_and_then_succeeds(
 ) -> None:
     out = tmp_path / "out"
     for number in (1, 2):
-        assert _prepare(source, out, "--part", f"{number}/2") in (0, 3)
+        assert _prepare(source, out, "--part", f"{number}/2") == 0
     tar = out / "train" / "shard-000001.tar"  # the second shard is part 2's
     index = tar.with_suffix(".idx")
     if damage == "no tar":
@@ -171,7 +171,7 @@ def test_a_merge_says_which_part_to_run_again_and_then_succeeds(
     said = "delete it and run that part again" if damage == "torn record" else "Run part 2/2 again, then merge."
     assert said in capsys.readouterr().err
     assert not (out / "index.json").exists()
-    assert _prepare(source, out, "--part", "2/2") in (0, 3)
+    assert _prepare(source, out, "--part", "2/2") == 0
     assert _prepare(source, out, "--merge") == 3
     assert _contents(out) == whole
 
@@ -213,12 +213,12 @@ def test_a_killed_part_is_continued_while_another_is_left_alone(
     foreign.write_bytes(b"half")
     assert _prepare(source, out, "--merge") == 1
     assert "2 of 2 parts" in capsys.readouterr().err
-    assert _prepare(source, out, "--part", "1/2") in (0, 3)
+    assert _prepare(source, out, "--part", "1/2") == 0
     assert "1 shards written, 3 kept" in capsys.readouterr().out
     assert foreign.read_bytes() == b"half"
     foreign.unlink()
     assert list(out.rglob(".unfinished-*")) == []
-    assert _prepare(source, out, "--part", "2/2") in (0, 3)
+    assert _prepare(source, out, "--part", "2/2") == 0
     assert _prepare(source, out, "--merge") == 3
     assert _contents(out) == whole
 
@@ -233,19 +233,19 @@ def test_a_merge_that_was_killed_after_its_last_file_is_completed_by_the_next(
 
     out = tmp_path / "out"
     for number in (1, 2):
-        assert _prepare(source, out, "--part", f"{number}/2") in (0, 3)
+        assert _prepare(source, out, "--part", f"{number}/2") == 0
     with monkeypatch.context() as patch:
         patch.setattr(build.shutil, "rmtree", interrupt)
         assert _prepare(source, out, "--merge") == 130
     (out / ".progress" / "part-1.json").unlink()  # as where it was clearing away
-    assert _prepare(source, out, "--merge") in (0, 3)
+    assert _prepare(source, out, "--merge") == 3
     assert _contents(out) == whole
 
 
 def test_one_run_takes_over_the_shards_of_parts(
     source: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _prepare(source, tmp_path / "out", "--part", "1/2") in (0, 3)
+    assert _prepare(source, tmp_path / "out", "--part", "1/2") == 0
     capsys.readouterr()
     assert _prepare(source, tmp_path / "out") == 3
     assert "3 shards written, 4 kept" in capsys.readouterr().out
@@ -258,9 +258,9 @@ def test_a_part_of_a_finished_set_rebuilds_what_it_misses_and_leaves_no_trace(
     out = tmp_path / "out"
     assert _prepare(source, out) == 3
     (out / "train" / "shard-000002.tar").unlink()
-    assert _prepare(source, out, "--part", "2/2") in (0, 3)
+    assert _prepare(source, out, "--part", "2/2") == 0
     assert not (out / "train" / "shard-000002.tar").exists(), "part 1 makes the third shard"
-    assert _prepare(source, out, "--part", "1/2") in (0, 3)
+    assert _prepare(source, out, "--part", "1/2") == 0
     assert _contents(out) == whole
 
 
@@ -268,19 +268,19 @@ def test_a_part_is_made_by_one_run_at_a_time_and_by_none_beside_a_merge_or_a_who
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert _prepare(source, out, "--part", "1/2") in (0, 3)
+    assert _prepare(source, out, "--part", "1/2") == 0
     with open(out / ".progress" / "part-1.lock", "rb+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert _prepare(source, out, "--part", "1/2") == 1
         assert f"Another run is preparing {out}, part 1/2, at this moment" in capsys.readouterr().err
-        assert _prepare(source, out, "--part", "2/2") in (0, 3)
+        assert _prepare(source, out, "--part", "2/2") == 0
     descriptor = os.open(out / "prepare.json", os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH)  # as a part at work holds it
         for arguments in (("--merge",), ()):
             assert _prepare(source, out, *arguments) == 1
             assert "Another run is preparing" in capsys.readouterr().err
-        assert _prepare(source, out, "--part", "1/2") in (0, 3)
+        assert _prepare(source, out, "--part", "1/2") == 0
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # as a whole run holds it
         assert _prepare(source, out, "--part", "1/2") == 1
         assert "Another run is preparing" in capsys.readouterr().err
