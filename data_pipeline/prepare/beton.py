@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -51,6 +52,10 @@ STORED_RAW = "stored as pixels"
 _PAGE_BYTES = 1 << 23
 _LARGEST_SIDE = (1 << 16) - 1
 _CHUNK_ITEMS, _CHUNK_BYTES = 16, 1 << 20  # that a process takes at a time
+_WITHOUT_FFCV = (
+    "--format ffcv needs the ffcv package, which {}: pip install 'dgt[ffcv]', after the system packages that "
+    "docs/data.md names. Reading .beton files needs neither."
+)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -118,13 +123,15 @@ def build_beton(listing: Listing, out: Path, options: BuildOptions) -> Outcome:
 def _require_possible(listing: Listing, options: BuildOptions) -> None:
     if listing.kind != "classification":
         raise DataError(f"--format ffcv holds images and labels, not the targets of {listing.converter}.")
+    if importlib.util.find_spec("ffcv") is None:
+        raise DataError(_WITHOUT_FFCV.format("is not installed"))
+
+
+def _import_ffcv() -> None:
     try:
         import ffcv  # noqa: F401
-    except ImportError as error:
-        raise DataError(
-            f"--format ffcv needs the ffcv package ({error}): pip install 'dgt[ffcv]', after the system packages that "
-            "docs/data.md names. Reading .beton files needs neither."
-        ) from error
+    except ImportError as error:  # it is there, and a system library that it was built with is not
+        raise DataError(_WITHOUT_FFCV.format(f"does not load ({error})")) from error
 
 
 def _finished(listing: Listing, out: Path, options: BuildOptions) -> Outcome | None:
@@ -191,6 +198,7 @@ def _build_locked(listing: Listing, out: Path, options: BuildOptions) -> Outcome
         raise DataError(
             f"The disk of {out} has {free / 1e9:.1f} GB free; the files need {needed / 1e9:.1f} GB or more."
         )
+    _import_ffcv()
     splits: dict[str, SplitFile] = {}
     left_out: list[LeftOut] = []
     counts: Counter[str] = Counter()
@@ -244,6 +252,7 @@ class _SplitBuild:
         self._path, self._items, self._work, self._options, self._advance = path, items, work, options, advance
         self.left_out: list[LeftOut] = []
         self.counts: Counter[str] = Counter()
+        self._done = 0
 
     def make(self, classes: tuple[str, ...]) -> SplitFile:
         """Write the file, whole or not at all, and say what it is."""
@@ -265,16 +274,18 @@ class _SplitBuild:
 
     def _samples(self) -> Iterator[Stored]:
         """The usable samples, in order; notes the others."""
+        self._advance(-self._done)  # those of a first attempt
+        self._done = 0
         self.left_out.clear()
         self.counts.clear()
-        advance = self._advance
         for sample in _in_order(self._work, self._items, self._options.jobs):
             if isinstance(sample, LeftOut):
                 self._leave_out(sample)
             else:
                 self.counts.update(sample.traits)
                 yield sample
-            advance(1)
+            self._done += 1
+            self._advance(1)
         if len(self.left_out) == len(self._items):
             raise DataError(
                 f"None of the {len(self.left_out)} images of the split '{self._work.split}' can be read; the first: "
