@@ -85,7 +85,7 @@ def _from_archive(path: Path) -> dict[str, bytes]:
                     files[name] = content.read() if content else b""
                 if len(files) == 2:
                     return files
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path} cannot be read ({error}); download it again.") from error
     missing = " and ".join({_META, _GROUND_TRUTH} - files.keys())
     raise DataError(f"{path} holds no {missing}: is it the development kit of tasks 1 and 2?")

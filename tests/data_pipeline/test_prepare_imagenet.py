@@ -376,6 +376,20 @@ def test_a_development_kit_that_was_cut_short_is_an_error(
     assert "ILSVRC2012_devkit_t12.tar.gz cannot be read" in capsys.readouterr().err
 
 
+def test_a_development_kit_with_an_absurd_size_in_it_is_an_error(
+    official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = official / "ILSVRC2012_devkit_t12.tar.gz"
+    _tar(path, _devkit())
+    data = bytearray(path.read_bytes())
+    data[124:136] = b"\x80" + b"\xff" * 11
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(data)
+    assert _prepare(official, tmp_path / "out") == 1
+    assert "ILSVRC2012_devkit_t12.tar.gz cannot be read" in capsys.readouterr().err
+
+
 def test_without_scipy_one_sentence_says_what_to_install(
     official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
