@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.io
 from PIL import Image
 
 from data_pipeline.config import DataConfig
 from data_pipeline.decode import decode_image
 from data_pipeline.prepare import main
 from data_pipeline.shards import open_source, set_index
+
+scipy_io = pytest.importorskip("scipy.io")
 
 # As in meta.mat: ILSVRC2012_ID, WNID, words, num_children, images to train on. The order is not that of the WNIDs.
 _SYNSETS = [
@@ -66,7 +67,7 @@ def _meta(synsets: list[tuple[Any, ...]]) -> bytes:
         below = np.arange(1, children + 1, dtype=np.float64)
         array[row, 0] = (float(number), wnid, words, f"what {words} is", float(children), below, 0.0, float(images))
     file = io.BytesIO()
-    scipy.io.savemat(file, {"synsets": array})
+    scipy_io.savemat(file, {"synsets": array})
     return file.getvalue()
 
 
