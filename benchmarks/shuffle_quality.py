@@ -22,6 +22,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -99,7 +100,7 @@ def together(batches: Ids) -> float:
 
 def print_table(found: Sequence[Quality]) -> None:
     """One line per order."""
-    table = Table(title="shuffle quality")
+    table = Table(title="shuffle quality", box=box.SIMPLE, padding=0)
     columns = ("order", "block", "streams", "mixed", "by class", "shards", "again", "moved", "rank corr.", "open")
     for column in columns:
         table.add_column(column, justify="left" if column == "order" else "right")
