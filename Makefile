@@ -12,8 +12,8 @@ setup: $(VENV)/.ready  ## virtual environment with the tested versions
 $(VENV)/.ready: pyproject.toml constraints.txt .ci/setup
 	@.ci/setup $(VENV)
 
-setup-test: setup  ## what the tests need besides: Slurm (apt-get, where permitted)
-	@.ci/setup-system
+setup-test: setup  ## what the tests need besides: Slurm, ffcv and its system packages (apt-get, where permitted)
+	@.ci/setup-system $(VENV)
 
 demo: setup  ## prepare the digits, train with an interruption, evaluate, export, say what came out
 	@$(PYTHON) -m launch.demo
