@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import resource
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +19,13 @@ import numpy.typing as npt
 from data_pipeline.config import DataConfig
 from data_pipeline.restart_rows import RestartRows
 from data_pipeline.shards import set_index, shard_index
+from data_pipeline.shards.cache import Held
+from data_pipeline.shards.forking import renew_after_fork
 from data_pipeline.shards.set_index import SplitIndex
 from data_pipeline.shards.shard_index import Record
 from data_pipeline.shards.source import DamagedSampleError, DataError, RawSample
+from data_pipeline.shards.storage import LocalFolder, SetFile, Storage, open_storage
+from data_pipeline.shards.working_set import check_budget, shards_at_once
 
 _MAX_OPEN_SHARDS = 512
 # A larger set is opened without looking for its files: a million of them take a shared file system minutes.
@@ -29,25 +35,32 @@ _MOST_SHARDS_LOOKED_AT = 20_000
 def open_source(config: DataConfig, split: str, kind: str = "classification") -> TarSource:
     """Open one split of the prepared shards in `config.path`, which must teach what `kind` says (SetIndex.kind).
 
-    Every shard must be there with the size that the index states (in a set of more than 20,000 shards what is missing
-    is found out when it is to be read), and the number of classes must be `config.num_classes`. Raises DataError saying
-    what is wrong and what to do.
+    The path is a folder or a URL. In a folder, every shard must be there with the size that the index states (in a set
+    of more than 20,000 shards what is missing is found out when it is to be read). A URL is asked for its index alone,
+    and the cache must have room for what is read at once. The number of classes must be `config.num_classes`. Raises
+    DataError saying what is wrong and what to do.
     """
     if not config.path:
         raise DataError(
             "No data set was named: set the data path to a folder made by `python -m data_pipeline.prepare`."
         )
-    folder = Path(config.path)
-    index = set_index.load(folder)
+    storage = open_storage(config.path, config.cache)
+    where = storage.shown()
+    index = set_index.load(storage)
     if split not in index.splits:
-        raise DataError(f"{folder} has no split '{split}'; it has {', '.join(sorted(index.splits))}.")
+        raise DataError(f"{where} has no split '{split}'; it has {', '.join(sorted(index.splits))}.")
     if index.kind != kind:
-        raise DataError(f"{folder} is a set for {index.kind}, and one for {kind} is needed.")
+        raise DataError(f"{where} is a set for {index.kind}, and one for {kind} is needed.")
     if len(index.classes) != config.num_classes:
-        raise DataError(f"{folder} has {len(index.classes)} classes, but the configuration says {config.num_classes}.")
-    if len(index.splits[split]) <= _MOST_SHARDS_LOOKED_AT:
-        check_files(folder / split, index.splits[split])
-    return TarSource(folder, split, index)
+        raise DataError(f"{where} has {len(index.classes)} classes, but the configuration says {config.num_classes}.")
+    shards = index.splits[split]
+    if isinstance(storage, LocalFolder):
+        if len(shards) <= _MOST_SHARDS_LOOKED_AT:
+            check_files(storage.folder / split, shards)
+        return TarSource(storage, split, index)
+    check_budget(config, split, shards, where)
+    fetch_all = split == config.train_split and config.order == "global"
+    return TarSource(storage, split, index, shards_at_once(config, split, len(shards)), fetch_all)
 
 
 def check_files(folder: Path, split: SplitIndex) -> None:
@@ -98,16 +111,26 @@ class TarSource:
     number of shards is open at a time; the least recently used are closed first.
     """
 
-    def __init__(self, folder: Path, split: str, index: set_index.SetIndex) -> None:
-        self._folder = folder
-        self._split = split
+    def __init__(
+        self,
+        storage: Storage,
+        split: str,
+        index: set_index.SetIndex,
+        most_open: int | None = None,
+        fetch_all: bool = False,
+    ) -> None:
+        """`most_open`: shards kept open, which no cache removes; None for as many as the process may open.
+        `fetch_all`: expect all shards from the first read on."""
+        self._storage, self._split = storage, split
+        self._most_open, self._fetch_all = most_open, fetch_all
         self._shards = index.splits[split]
         self._first = np.concatenate(([0], np.cumsum(self._shards.samples)))
         self._classes = index.classes
         self._fingerprint = index.fingerprint(split)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._lock, self._process = threading.Lock(), os.getpid()
+        self._lock = threading.Lock()
         self._closed = False
+        renew_after_fork(self)
 
     @property
     def num_classes(self) -> int:
@@ -136,7 +159,7 @@ class TarSource:
         taken away or replaced. An image with restart rows comes as RestartRows, whose `read` raises the same.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)} in {self._folder / self._split}")
+            raise IndexError(f"sample {index} of {len(self)} in {self._storage.shown(self._split)}")
         number = int(np.searchsorted(self._first, index, side="right")) - 1
         row = index - int(self._first[number])
         name = f"{self._split}/{self._shards.names[number]}"
@@ -146,8 +169,8 @@ class TarSource:
         except ValueError as error:
             raise DamagedSampleError(name, f"number {row}", str(error)) from error
         except OSError as error:
-            raise DataError(f"shard {self._folder / name} cannot be read: {error}") from error
-        stored = _Stored(shard, self._folder / name, name, record)
+            raise DataError(f"shard {shard.where} cannot be read: {error}") from error
+        stored = _Stored(shard, name, record)
         image: bytes | RestartRows
         if record.row_offsets:
             image = RestartRows(record.row_offsets, stored.pieces)
@@ -158,15 +181,28 @@ class TarSource:
             target = stored.proved(record.target_offset, record.target_size, record.target_crc32, "target")
         return RawSample(record.key, image, record.label, name, target, verified=True)
 
+    def expect(self, shards: Sequence[int]) -> None:
+        """These shards are read next, soonest first; a remote set fetches them ahead of need. Returns at once."""
+        self._storage.expect([self._files(number) for number in shards])
+
+    def stats(self) -> dict[str, float]:
+        """What the storage did since the last call; nothing for a folder."""
+        return self._storage.stats()
+
     def close(self) -> None:
-        """Close all files. Reading afterwards is an error."""
+        """Close all files and end all fetches. Reading afterwards is an error."""
         with self._lock:
             self._closed = True
             self._open.clear()
+        self._storage.close()
+
+    def after_fork(self) -> None:
+        """In a child process: the thread that may have held the lock is not there to release it. What is open is
+        opened anew, so that the child keeps no file of a cache in use that it does not read."""
+        self._lock = threading.Lock()
+        self._open = OrderedDict()
 
     def _shard(self, number: int) -> _OpenShard:
-        if self._process != os.getpid():  # a fork: the thread that may have held the lock is not here to release it
-            self._lock, self._process = threading.Lock(), os.getpid()
         with self._lock:
             if self._closed:
                 raise ValueError("the source was closed")
@@ -174,28 +210,61 @@ class TarSource:
             if shard is not None:
                 self._open.move_to_end(number)
                 return shard
+            self._keep_open(self._most() - 1)  # before another is opened, because a cache may need the room
+            fetch_all, self._fetch_all = self._fetch_all, False
+        if fetch_all:
+            self.expect([number, *range(number), *range(number + 1, len(self._shards))])
         shard = self._open_shard(number)
         with self._lock:
             if not self._closed:
                 shard = self._open.setdefault(number, shard)
-                while len(self._open) > max_open_shards():
-                    self._open.popitem(last=False)
+                self._keep_open(self._most())
         return shard
 
+    def _most(self) -> int:
+        return min(self._most_open or max_open_shards(), max_open_shards())
+
+    def _keep_open(self, count: int) -> None:
+        while len(self._open) > max(count, 0):
+            self._open.popitem(last=False)
+
+    def _let_go(self) -> bool:
+        """Close the shard that was not used for longest; False where none is open."""
+        with self._lock:
+            count = len(self._open)
+            self._keep_open(count - 1)
+        return count > 0
+
+    def _files(self, number: int) -> tuple[SetFile, SetFile]:
+        """A shard's tar and its index."""
+        name, sha256 = self._shards.names[number], self._shards.sha256[number]
+        return (
+            SetFile(f"{self._split}/{name}", int(self._shards.tar_bytes[number]), sha256),
+            SetFile(f"{self._split}/{_index_name(name)}", int(self._shards.index_bytes[number]), sha256),
+        )
+
     def _open_shard(self, number: int) -> _OpenShard:
-        path = self._folder / self._split / self._shards.names[number]
-        try:
-            shard = _OpenShard(path)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"shard {path} cannot be used: {error}. Copy it anew, or run the prepare command that made it again."
-            ) from error
+        tar, index = self._files(number)
+        where = self._storage.shown(tar.name)
+        with contextlib.ExitStack() as undo:
+            held = []
+            for file in (tar, index):
+                held.append(self._storage.hold(file, self._let_go))
+                undo.callback(held[-1].close)
+            try:
+                shard = _OpenShard(where, *held)
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"shard {where} cannot be used: {error}. Copy it anew, or run the prepare command that made it "
+                    "again."
+                ) from error
+            undo.pop_all()  # from here on the shard closes them
         header = shard.header
         stated = (int(self._shards.samples[number]), self._shards.sha256[number])
         if (header.samples, header.tar_sha256.hex()) != stated:
             raise DataError(
-                f"{path.with_suffix(shard_index.SUFFIX)} belongs to another shard than {path}: "
-                f"it does not fit {self._folder / set_index.FILE_NAME}. Prepare or copy the data set anew."
+                f"{self._storage.shown(index.name)} belongs to another shard than {where}: it does not fit "
+                f"{self._storage.shown(set_index.FILE_NAME)}. Prepare or copy the data set anew."
             )
         return shard
 
@@ -205,7 +274,6 @@ class _Stored:
     """Where one sample's bytes lie. Keeps its shard open."""
 
     shard: _OpenShard
-    path: Path
     name: str
     """Of the shard within the data set."""
 
@@ -235,7 +303,7 @@ class _Stored:
         try:
             data = self.shard.read_tar(size, offset)
         except OSError as error:
-            raise DataError(f"shard {self.path} cannot be read: {error}") from error
+            raise DataError(f"shard {self.shard.where} cannot be read: {error}") from error
         if len(data) != size:
             raise DamagedSampleError(self.name, self.record.key, f"the shard ends within the {what}: it was cut short")
         return data
@@ -245,12 +313,16 @@ class _OpenShard:
     """The two open files of a shard. They are closed when the last thread that reads from them lets go of this object,
     so that taking it out of the table of open shards never pulls a file from under a reader."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, where: str, tar: Held, index: Held) -> None:
+        """`where`: the tar's place, for messages. The held files are closed with this object."""
+        self.where = where
+        self._held: tuple[Held, ...] = ()
         self._descriptors: list[int] = []
-        for file in (path, path.with_suffix(shard_index.SUFFIX)):
-            self._descriptors.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+        for held in (tar, index):
+            self._descriptors.append(os.open(held.path, os.O_RDONLY | os.O_CLOEXEC))
         self._tar, self._index = self._descriptors
         self.header = shard_index.parse_header(self.read_index(shard_index.HEADER.size, 0))
+        self._held = (tar, index)
 
     def read_tar(self, size: int, offset: int) -> bytes:
         return _pread(self._tar, size, offset)
@@ -261,6 +333,8 @@ class _OpenShard:
     def __del__(self) -> None:
         for descriptor in self._descriptors:
             os.close(descriptor)
+        for held in self._held:
+            held.close()
 
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:

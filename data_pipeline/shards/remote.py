@@ -44,8 +44,8 @@ class CachedRemote:
         self._the_fetcher()  # now, because it may find that a package is missing
         renew_after_fork(self)
 
-    def shown(self, name: str) -> str:
-        return f"{without_secrets(self._url).rstrip('/')}/{name}"
+    def shown(self, name: str = "") -> str:
+        return f"{without_secrets(self._url).rstrip('/')}/{name}".rstrip("/")
 
     def read_bytes(self, name: str) -> bytes:
         with self._unless_closed():

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.shards.source import DataError
+from data_pipeline.shards.storage import LocalFolder, Storage
 
 FILE_NAME = "index.json"
 FORMAT = "webdataset-shards"
@@ -115,13 +116,17 @@ def _split_to_json(index: SetIndex, name: str) -> dict[str, Any]:
     }
 
 
-def load(folder: Path) -> SetIndex:
-    """Read and check index.json; raises DataError where it is missing, damaged or of another kind."""
-    path = folder / FILE_NAME
+def load(place: Path | Storage) -> SetIndex:
+    """Read and check the index.json of a folder or other storage.
+
+    Raises DataError where it is missing, damaged or of another kind.
+    """
+    storage = LocalFolder(place) if isinstance(place, Path) else place
+    path = storage.shown(FILE_NAME)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(storage.read_bytes(FILE_NAME))
     except FileNotFoundError:
-        raise DataError(_why_missing(folder)) from None
+        raise DataError(_why_missing(Path(storage.shown()))) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:

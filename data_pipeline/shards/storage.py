@@ -63,8 +63,8 @@ def nothing_to_let_go() -> bool:
 class Storage(Protocol):
     """Where a set is, and how its files become local ones. May be used from several threads at once."""
 
-    def shown(self, name: str) -> str:
-        """Where a file of the set is, for messages: without passwords and signatures."""
+    def shown(self, name: str = "") -> str:
+        """Where a file of the set, or the set, is, for messages: without passwords and signatures."""
         ...
 
     def read_bytes(self, name: str) -> bytes:
@@ -120,7 +120,7 @@ class LocalFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def shown(self, name: str) -> str:
+    def shown(self, name: str = "") -> str:
         return str(self.folder / name)
 
     def read_bytes(self, name: str) -> bytes:
