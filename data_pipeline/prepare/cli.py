@@ -64,8 +64,9 @@ _SHOWN = 20
 
 _EPILOG = """\
 The output is OUT/SPLIT/shard-000000.tar ... (plain WebDataset tars: KEY.jpg with KEY.cls or a target), an index beside
-each, and OUT/index.json, written last. Images are copied byte by byte, unless an option says otherwise; each is decoded once, as
-strictly as training does it, and what cannot be decoded is reported. The same input gives the same bytes.
+each, and OUT/index.json, written last. Images are copied byte by byte, unless an option says otherwise; each is
+decoded once, as strictly as training does it, and what cannot be decoded is reported. The same input gives the same
+bytes.
 
 A run that was interrupted is continued by the same command: finished shards are compared with the source and kept. A
 run on a finished output checks names and sizes, and does nothing; `python -m data_pipeline.verify` checks every byte.

@@ -148,8 +148,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--restart-rows",
         action="store_true",
-        help="put a restart marker after every row of blocks of each JPEG, so that training decodes only the rows under "
-        "a crop; jpegtran does it without decoding: no pixel changes, and files become a little smaller",
+        help="put a restart marker after every row of blocks of each JPEG, so that training decodes only the rows that "
+        "a crop needs; jpegtran does it without decoding: no pixel changes, and files become a little smaller",
     )
     images.add_argument(
         "--on-error",

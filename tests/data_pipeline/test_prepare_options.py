@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,11 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline import restart_rows
 from data_pipeline.config import DataConfig
 from data_pipeline.decode import decode_image
-from data_pipeline.prepare import main
-from data_pipeline.prepare.listing import Item, cut_evenly
-from data_pipeline.shards import open_source, set_index
+from data_pipeline.prepare import build, main, make_shard, recode
+from data_pipeline.prepare.examine import UnreadableImageError
+from data_pipeline.prepare.listing import Item, SourceFiles, cut_evenly
+from data_pipeline.prepare.load import Loading, usable
+from data_pipeline.prepare.options import Recode
+from data_pipeline.shards import open_source, set_index, shard_index
 from data_pipeline.shards.writer import member_bytes
 
 
@@ -112,6 +117,37 @@ def test_an_image_made_smaller_shows_the_same_picture_upright_in_the_quality_ask
     assert _images(tmp_path / "50", "val") == _images(tmp_path / "95", "val"), "these were small enough"
 
 
+def test_an_image_is_made_smaller_from_its_exact_pixels(image_file) -> None:
+    image, expected = image_file(1, 300, 200), io.BytesIO()
+    with Image.open(io.BytesIO(image)) as opened:
+        opened.resize((96, 64), Image.Resampling.LANCZOS, reducing_gap=3.0).save(expected, "JPEG", quality=77)
+    assert recode.smaller(image, 64, 77, grey=False) == expected.getvalue()
+
+
+def test_a_target_is_fitted_to_the_upright_image_that_was_made_smaller(image_file) -> None:
+    def fitted(target: bytes, before: tuple[int, int], after: tuple[int, int]) -> bytes:
+        return f"{target.decode()} {before} {after}".encode()
+
+    loading = Loading(lambda item: SourceFiles(b""), "segmentation", "seg.png", fitted, Recode(max_size=50))
+    turned = _rotated(image_file(1, 200, 100), 6)
+    loaded = usable(SourceFiles(turned, b"mask"), loading)
+    assert loaded.files.target == b"mask (200, 100) (100, 50)"
+    small = image_file(1, 80, 40)
+    assert usable(SourceFiles(small, b"mask"), loading).files == SourceFiles(small, b"mask")
+    with pytest.raises(UnreadableImageError, match=r"there is no seg\.png for it"):
+        usable(SourceFiles(small), loading)
+
+
+def test_the_index_notes_the_orientation_of_what_it_holds(tmp_path: Path, mixed_sizes: dict[str, bytes]) -> None:
+    for chosen, expected in [((), {"cat/turned", "cat/small-turned"}), (("--max-size", "64"), {"cat/small-turned"})]:
+        out = tmp_path / f"out{len(chosen)}"
+        assert _prepare(tmp_path / "source", out, *chosen) == 0
+        index = shard_index.load(out / "train" / "shard-000000.idx")
+        noted = dict(zip(index.keys, index.records["orientation"].tolist(), strict=True))
+        assert {key for key, orientation in noted.items() if orientation == 6} == expected
+        assert set(noted.values()) == {1, 6}
+
+
 def test_the_summary_counts_what_is_unusual(
     tmp_path: Path, mixed_sizes: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,8 +211,6 @@ def test_choices_that_make_no_sense_are_wrong_usage(
 def test_a_continued_run_keeps_changed_images_without_making_them_again_and_notices_another_source(
     tmp_path: Path, mixed_sizes: dict[str, bytes], monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from data_pipeline.prepare import build, make_shard, recode
-
     def interrupt(*arguments: object, **more: object) -> None:
         raise KeyboardInterrupt
 
@@ -199,11 +233,35 @@ def test_a_continued_run_keeps_changed_images_without_making_them_again_and_noti
     assert _contents(tmp_path / "out") == _contents(tmp_path / "fresh")
 
 
+def test_changed_images_of_which_nothing_is_remembered_are_made_again(
+    tmp_path: Path, mixed_sizes: dict[str, bytes], image_file, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _prepare(tmp_path / "source", tmp_path / "out", "--max-size", "64") == 0
+    (tmp_path / "out" / "index.json").unlink()
+    victim = tmp_path / "source" / "train" / "cat" / "wide.jpg"
+    status = victim.stat()
+    victim.write_bytes(image_file(99, 300, 100))
+    os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns))
+    capsys.readouterr()
+    assert _prepare(tmp_path / "source", tmp_path / "out", "--max-size", "64") == 0
+    assert "2 shards written, 0 kept" in capsys.readouterr().out
+
+
+def test_shards_beyond_the_last_one_are_removed_from_an_unfinished_set(
+    tmp_path: Path, mixed_sizes: dict[str, bytes]
+) -> None:
+    assert _prepare(tmp_path / "source", tmp_path / "out") == 0
+    before = _contents(tmp_path / "out")
+    (tmp_path / "out" / "index.json").unlink()
+    for name in ("shard-000001.tar", "shard-000001.idx", ".unfinished-shard-000002.tar-node-7"):
+        (tmp_path / "out" / "train" / name).write_bytes(b"from when images were larger")
+    assert _prepare(tmp_path / "source", tmp_path / "out") == 0
+    assert _contents(tmp_path / "out") == before
+
+
 def test_the_source_of_a_finished_set_of_changed_images_is_compared_by_content(
     tmp_path: Path, mixed_sizes: dict[str, bytes], image_file, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import os
-
     chosen = ("--max-size", "64")
     assert _prepare(tmp_path / "source", tmp_path / "out", *chosen) == 0
     victim = tmp_path / "source" / "train" / "cat" / "wide.jpg"
@@ -247,8 +305,6 @@ def test_cutting_evenly_gives_every_shard_something_and_equal_bytes() -> None:
 def test_a_disk_that_fills_up_is_said_in_one_sentence_and_the_work_goes_on_when_there_is_room(
     tmp_path: Path, small_disk: Path, image_tree, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from data_pipeline.prepare import build
-
     source = image_tree(tmp_path / "source", {"train": {"cat": 40}, "val": {"cat": 2}})
     out, filler = small_disk / "out", small_disk / "filler"
     monkeypatch.setattr(build, "_require_space", lambda out, jobs: None)  # as where others fill the disk meanwhile
@@ -309,9 +365,6 @@ def test_help_names_every_converter_and_every_common_option(capsys: pytest.Captu
 def test_restart_rows_change_no_pixel_and_are_noted_in_the_index(
     tmp_path: Path, mixed_sizes: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from data_pipeline import restart_rows
-    from data_pipeline.shards import shard_index
-
     assert _prepare(tmp_path / "source", tmp_path / "out", "--restart-rows") == 0
     assert "9 given restart rows" in capsys.readouterr().out
     found = _images_with_rows(tmp_path / "out")
@@ -334,12 +387,16 @@ def test_restart_rows_change_no_pixel_and_are_noted_in_the_index(
     assert _contents(tmp_path / "out") == before
 
 
+def test_an_image_that_restart_rows_would_change_is_left_as_it_is(image_file, monkeypatch) -> None:
+    image, other = image_file(1, 100, 80), restart_rows.insert(image_file(2, 100, 80))
+    assert recode.with_restart_rows(image) == restart_rows.insert(image) != (image, ())
+    monkeypatch.setattr(restart_rows, "insert", lambda jpeg: other)
+    assert recode.with_restart_rows(image) == (image, ())
+
+
 def test_restart_rows_that_are_there_already_are_noted_without_being_asked_for(
     tmp_path: Path, mixed_sizes: dict[str, bytes]
 ) -> None:
-    from data_pipeline import restart_rows
-    from data_pipeline.shards import shard_index
-
     image, rows = restart_rows.insert(mixed_sizes["cat/wide"])
     (tmp_path / "source" / "train" / "cat" / "wide.jpg").write_bytes(image)
     for chosen in ((), ("--restart-rows",)):

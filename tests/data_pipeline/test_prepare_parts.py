@@ -17,6 +17,7 @@ from data_pipeline.prepare import folder, main
 from data_pipeline.prepare.listing import ShardSize
 from data_pipeline.prepare.options import BuildOptions, Part
 from data_pipeline.prepare.parts import shards_of
+from data_pipeline.shards import shard_index
 from data_pipeline.shards.source import DataError
 
 CHOSEN = ("--shard-size", "4")
@@ -145,7 +146,9 @@ def test_a_merge_reads_no_tar_and_a_second_one_has_nothing_to_do(
     assert printed.err.count("left out: ") == 3
 
 
-@pytest.mark.parametrize("damage", ["no tar", "short tar", "no index", "other index", "torn index", "torn record"])
+@pytest.mark.parametrize(
+    "damage", ["no tar", "short tar", "no index", "other index", "another tar's index", "torn index", "torn record"]
+)
 def test_a_merge_says_which_part_to_run_again_and_then_succeeds(
     source: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
@@ -162,6 +165,10 @@ def test_a_merge_says_which_part_to_run_again_and_then_succeeds(
         index.unlink()
     elif damage == "other index":
         index.write_bytes((out / "train" / "shard-000000.idx").read_bytes())
+    elif damage == "another tar's index":
+        kept = shard_index.load(index)
+        rows = [kept.rows_of(number) for number in range(len(kept.keys))]
+        index.write_bytes(shard_index.pack(kept.records, list(kept.keys), rows, kept.header.tar_bytes, bytes(32)))
     elif damage == "torn index":
         os.truncate(index, 20)
     else:
@@ -199,8 +206,6 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_a_killed_part_is_continued_while_another_is_left_alone(
     source: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from data_pipeline.shards import shard_index
-
     out = tmp_path / "out"
     assert _prepare(source, tmp_path / "reference") == 3
     last = tmp_path / "reference" / "val" / "shard-000001.idx"  # the seventh shard, the fourth of part 1
