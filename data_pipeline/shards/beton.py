@@ -16,7 +16,6 @@ from data_pipeline.shards import set_index
 from data_pipeline.shards.beton_format import JPEG, RAW, SUFFIX, Record, read_contents, read_layout, read_record
 from data_pipeline.shards.source import DamagedSampleError, DataError, RawSample
 
-INDEX_FORMAT = "ffcv-beton"
 INDEX_VERSION = 1
 _JPEG_START = b"\xff\xd8"
 _REMEDY = "Write it again with the program that made it, or copy it anew."
@@ -51,7 +50,7 @@ def index_to_bytes(index: BetonIndex) -> bytes:
     """The content of index.json."""
     splits = {name: vars(split) for name, split in index.splits.items()}
     content = {
-        "format": INDEX_FORMAT,
+        "format": set_index.BETON_FORMAT,
         "version": INDEX_VERSION,
         "kind": "classification",
         "classes": list(index.classes),
@@ -74,7 +73,7 @@ def load_index(folder: Path) -> BetonIndex | None:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{path} is damaged: {error}. Delete {folder} and prepare it again.") from error
-    if not isinstance(content, dict) or content.get("format") != INDEX_FORMAT:
+    if not isinstance(content, dict) or content.get("format") != set_index.BETON_FORMAT:
         tar = isinstance(content, dict) and content.get("format") == set_index.FORMAT
         what = "holds tar shards: set data.backend to webdataset" if tar else f"is described by a foreign {path.name}"
         raise DataError(f"{folder} {what}, or give a folder of .beton files.")

@@ -23,6 +23,7 @@ from data_pipeline.shards.storage import LocalFolder, Storage
 
 FILE_NAME = "index.json"
 FORMAT = "webdataset-shards"
+BETON_FORMAT = "ffcv-beton"  # data_pipeline.shards.beton reads it
 VERSION = 2
 _COLUMNS = ("name", "samples", "bytes", "index_bytes")
 _DIGEST_CHARACTERS = 64
@@ -131,6 +132,8 @@ def load(place: Path | Storage) -> SetIndex:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{path} is damaged: {error}. {_REMEDY}") from error
+    if isinstance(content, dict) and content.get("format") == BETON_FORMAT:
+        raise DataError(f"{storage.shown()} holds .beton files, not tar shards: set data.backend to ffcv.")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path} is not the index of a set of shards made by `python -m data_pipeline.prepare`.")
     if content.get("version") != VERSION:

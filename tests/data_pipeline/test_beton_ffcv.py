@@ -334,6 +334,11 @@ def test_index_of_another_file_is_refused(tmp_path: Path, beton_folder: Path) ->
         open_loader(config(folder, "ffcv"), 4)
 
 
+def test_beton_opened_as_tar_shards_says_which_backend_reads_it(beton_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"holds .beton files, not tar shards: set data\.backend to ffcv"):
+        open_loader(config(beton_folder, "webdataset"), 4)
+
+
 def test_image_larger_than_a_page_makes_pages_larger(tmp_path: Path, image_file: Callable[..., bytes]) -> None:
     """The pixels of a PNG, of a few bytes, that take 12 MB; as JPEG it stays JPEG, whatever part shall be raw."""
     for name, format in (("a.png", "PNG"), ("b.jpg", "JPEG")):
