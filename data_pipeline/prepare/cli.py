@@ -52,11 +52,11 @@ CONVERTERS: tuple[Converter, ...] = (
     imagenet,
     imagenet22k,
     webdataset,
-    digits,
-    synthetic_jpegs,
     ade20k,
     mask_folders,
     coco,
+    digits,
+    synthetic_jpegs,
 )
 
 EXIT_DONE, EXIT_ERROR, EXIT_LEFT_OUT, EXIT_INTERRUPTED = 0, 1, 3, 130
