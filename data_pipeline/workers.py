@@ -27,6 +27,9 @@ T = TypeVar("T")
 
 # How long threads that were asked to stop are waited for: longer than a task takes, shorter than a person's patience.
 _STOP_SECONDS = 5.0
+# After an error others may still come, of which the first task's is to be raised, so that runs fail alike. But not if
+# those tasks are stuck.
+_ERROR_SECONDS = 5.0
 
 
 class StalledError(Exception):
@@ -66,6 +69,7 @@ class Pending(Generic[T]):
                 raise StalledError(stacks_of_threads()) from None
             if error is not None:
                 errors[number] = error
+                deadline = min(deadline, time.monotonic() + _ERROR_SECONDS)
             else:
                 values[number] = value  # type: ignore[assignment]  # None only where T has it
         if errors:

@@ -45,6 +45,7 @@ def serve(config: DataConfig, batch_size: int, world_size: int, state: dict[str,
             start = loader.state_dict()["consumed"]
             for _, batch in zip(range(batches), loader, strict=False):
                 rows = zip(batch.positions.tolist(), batch.ids.tolist(), batch.copies.tolist(), strict=True)
+                assert (batch.ids[0::2] != batch.ids[1::2]).all(), "mixed with its own copy"
                 pixels = [image.numpy().tobytes() for image in batch.images]
                 served.setdefault(start, []).extend((*row, image) for row, image in zip(rows, pixels, strict=True))
                 start += batch_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,22 @@ def test_rates_count_images_and_waiting_over_the_logged_steps(tmp_path: Path) ->
     assert row["speed/step_seconds"] == pytest.approx(0.5)
     assert row["speed/data_wait"] == pytest.approx(1.0 / 2.0)
     assert not RunFolder(tmp_path).tensorboard.exists()
+
+
+def test_utilisation_counts_each_image_at_the_size_of_its_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("is_available", True), ("get_device_name", "NVIDIA H100 80GB"), ("max_memory_allocated", 0)):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    size = replace(SIZE, world_size=2, macs_per_image=lambda epoch: (10**12, 4 * 10**12)[epoch])
+    config = MonitorConfig(log_every=4, tensorboard=False)
+    monitor = Monitor(config, RunFolder(tmp_path), size, Resumed(), is_main=True)
+    for step in range(1, 9):  # steps 7 and 8 belong to the second epoch
+        monitor.step(step, 0.5, 0.1, {"train/loss": 1.0, "train/lr": 0.1})
+    monitor.close()
+    rows = [json.loads(line) for line in RunFolder(tmp_path).metrics.read_text().splitlines()]
+    rates = [6 * 8 * macs / (2.0 * 989 * 2) for macs in (4, 2 + 2 * 4)]
+    assert [row["speed/mfu"] for row in rows] == pytest.approx(rates)
 
 
 def test_console_line_says_where_how_and_how_long(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

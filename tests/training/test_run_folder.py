@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.config import CacheConfig, DataConfig
 from dgt.config import Config
 from dgt.training.optim import OptimizerConfig
 from dgt.training.parallel import EngineConfig
@@ -30,6 +31,9 @@ def test_where_and_how_fast_a_run_computes_may_change(tmp_path: Path) -> None:
     claim(folder, plain(Config()))
     claim(folder, plain(replace(Config(), engine=EngineConfig(name="fsdp"))))
     assert "fsdp" in folder.config.read_text()
+    claim(folder, plain(replace(Config(), data=DataConfig(stall_seconds=60.0, cache=CacheConfig(max_gb=9.0)))))
+    with pytest.raises(RunFolderError, match=r"data.canonical_nodes was 1, now 2"):
+        claim(folder, plain(replace(Config(), data=DataConfig(canonical_nodes=2))))
 
 
 def test_checkpoints_without_a_configuration_are_not_taken_over(tmp_path: Path) -> None:

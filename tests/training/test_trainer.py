@@ -13,8 +13,11 @@ import pytest
 import torch
 from ranks import run_ranks
 from small import small_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_pipeline import DamagedSampleError, RawSample
 from data_pipeline.config import SyntheticConfig
+from data_pipeline.synthetic import SyntheticSource
 from dgt.config import Config
 from dgt.tasks import Classification
 from dgt.training import checkpoint
@@ -235,8 +238,33 @@ def test_another_number_of_ranks_and_engine_continue_a_run(tmp_path: Path) -> No
     expected, continued = rows(undisturbed), rows(moved)
     assert [r["step"] for r in continued] == [r["step"] for r in expected]
     assert [r["train/lr"] for r in continued] == [r["train/lr"] for r in expected]
+    assert {r["data/samples"] for r in continued} == {8}, "of all ranks together"
     # The same weights and samples: the first loss after the move differs by the rounding of another summation.
     assert continued[2]["train/loss"] == pytest.approx(expected[2]["train/loss"], rel=1e-5)
+
+
+def test_what_the_data_pipeline_met_is_reported_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = SyntheticSource.read
+
+    def damaged(self: SyntheticSource, index: int) -> RawSample:
+        if index == 3:
+            raise DamagedSampleError("train/synthetic-000000", "00000003", "checksum differs")
+        return read(self, index)
+
+    monkeypatch.setattr(SyntheticSource, "read", damaged)
+    config = small_config(tmp_path)
+    train(config)
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "train/loss" in row]
+    assert [(row["data/image_size"], row["data/samples"]) for row in rows] == [(32, 8)] * 8
+    assert sum(row["data/bad_samples"] for row in rows) == 2  # once in each epoch
+    assert all(row["data/decode_seconds"] > 0 and row["data/wait_seconds"] >= 0 for row in rows)
+    events = EventAccumulator(str(config.run_dir / "tensorboard")).Reload().Tags()["scalars"]
+    assert {"data/wait_seconds", "data/decode_seconds", "data/bad_samples"} <= set(events)
+    listed = [json.loads(line) for line in (config.run_dir / "quarantine.jsonl").read_text().splitlines()]
+    assert {(entry["shard"], entry["key"]) for entry in listed} == {
+        ("train/synthetic-000000", "00000003"),  # of the validation, too, which has a sample 3 of its own
+    }
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
