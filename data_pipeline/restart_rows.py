@@ -77,6 +77,8 @@ def cut_rows(jpeg: RestartRows, head: bytes, header: JpegHeader, first: int, sto
     if len(offsets) != header.rows + 1 or len(head) != offsets[1]:
         raise ValueError(f"it has {header.rows} rows of MCUs, and the index lists {len(offsets) - 1}")
     body = jpeg.read(1 + first, 1 + stop)
+    if len(body) < (offsets[1 + stop] if stop < header.rows else 1 + offsets[stop]) - offsets[1 + first]:
+        raise ValueError("it ends within its rows of MCUs")
     data = bytearray(head)
     data += body
     if stop < header.rows:
