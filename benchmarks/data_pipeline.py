@@ -26,6 +26,7 @@ if __package__ in (None, ""):  # run as a file: this folder's data_pipeline.py m
 
 from rich.console import Console
 
+from benchmarks import data_resume
 from benchmarks.data import report, sets
 from benchmarks.data.contestants import CONTESTANTS, Task
 from benchmarks.data.summary import checks, summarize
@@ -82,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for threads in options.threads:
             run_rounds(run, name, files, places, threads)
     rows = summarize(run.records)
-    resume = measure_resume() if options.resume else []
+    if options.resume:
+        say("resume within huge data sets")
+    resume = data_resume.measure() if options.resume else []
     found = checks(rows, resume)
     console = Console(width=160)
     report.print_rows(rows, run.failures, console)
@@ -157,13 +160,6 @@ def run_rounds(run: Run, name: str, files: Path, places: dict[str, Path], thread
                     del workers[contestant]
                     continue
                 run.records.append({"set": name, "threads": threads, "contestant": contestant, "round": number} | epoch)
-
-
-def measure_resume() -> list[dict[str, Any]]:
-    """Resuming within huge data sets."""
-    from benchmarks import data_resume
-
-    return data_resume.measure()
 
 
 def say(text: str) -> None:

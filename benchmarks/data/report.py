@@ -58,11 +58,12 @@ def print_resume(resume: Sequence[dict[str, Any]], console: Console) -> None:
     """Time and memory to go on within huge data sets."""
     if not resume:
         return
-    table = Table(title="resume: open, seek, serve the first batch's order")
-    for column in ("what", "seconds", "MB"):
+    table = Table(title="resume: open, seek, first batch")
+    for column in ("what", "seconds", "MB", "MB of imports"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for entry in resume:
-        table.add_row(entry["what"], f"{entry['seconds']:.2f}", f"{entry['bytes'] / 1e6:.0f}")
+        imports = f"{entry['imports'] / 1e6:.0f}"
+        table.add_row(entry["what"], f"{entry['seconds']:.2f}", f"{entry['bytes'] / 1e6:.0f}", imports)
     console.print(table)
 
 
@@ -105,7 +106,7 @@ def _git(*arguments: str) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Bars of images per second against FFCV with the spread over the rounds, one panel per set and thread count.
+    """Bars of images per second against FFCV with the spread over the rounds; a panel per set and thread count.
 
     Raises ValueError where FFCV did not run.
     """
@@ -117,25 +118,30 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     drawn = [row for row in rows if row.ratio is not None]
-    panels = list(dict.fromkeys((row.images_set, row.threads) for row in drawn))
-    if not panels:
+    if not drawn:
         raise ValueError("there is nothing to plot: FFCV, which the others are compared to, did not run")
     names = [name for name in reversed(CONTESTANTS) if any(row.contestant == name for row in drawn)]
-    size = (1.5 + 4 * len(panels), 1.4 + 0.34 * len(names))
-    figure, axes = pyplot.subplots(1, len(panels), sharex=True, sharey=True, figsize=size, squeeze=False)
-    for (images_set, threads), axis in zip(panels, axes[0], strict=True):
-        for row in drawn:
-            if (row.images_set, row.threads) != (images_set, threads) or row.ratio is None:
-                continue
-            ratio, place = row.ratio, names.index(row.contestant)
-            spread = [[ratio.median - ratio.least], [ratio.most - ratio.median]]
-            colour = "tab:blue" if row.contestant.startswith("ours") else "tab:gray"
-            axis.barh(place, ratio.median, xerr=spread, color=colour, height=0.7, ecolor="black", capsize=2)
-            axis.text(0.03, place, f"{ratio.median:.2f}", va="center", color="white", fontsize=8)
-        axis.axvline(1, color="black", linewidth=0.8, linestyle="--")
-        axis.set_title(f"{images_set}, {threads} thread{'s' if threads > 1 else ''}", fontsize=10)
-        axis.set_xlabel("images/s against FFCV")
-        axis.set_yticks(range(len(names)), [CONTESTANTS[name].title for name in names])
+    lines, columns = list(dict.fromkeys(row.images_set for row in drawn)), sorted({row.threads for row in drawn})
+    size = (2 + 4 * len(columns), len(lines) * (1 + 0.3 * len(names)))
+    figure, axes = pyplot.subplots(len(lines), len(columns), sharex=True, sharey=True, figsize=size, squeeze=False)
+    for row in drawn:
+        _draw_bar(axes[lines.index(row.images_set)][columns.index(row.threads)], names.index(row.contestant), row)
+    for images_set, line in zip(lines, axes, strict=True):
+        for threads, axis in zip(columns, line, strict=True):
+            axis.axvline(1, color="black", linewidth=0.8, linestyle="--")
+            axis.set_title(f"{images_set}, {threads} thread{'s' if threads > 1 else ''}", fontsize=10)
+            axis.set_yticks(range(len(names)), [CONTESTANTS[name].title for name in names])
+    for axis in axes[-1]:
+        axis.set_xlabel("images/s against FFCV: median, least and most of the rounds")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _draw_bar(axis: Any, place: int, row: Row) -> None:
+    ratio = row.ratio
+    assert ratio is not None
+    spread = [[ratio.median - ratio.least], [ratio.most - ratio.median]]
+    colour = "tab:blue" if row.contestant.startswith("ours") else "tab:gray"
+    axis.barh(place, ratio.median, xerr=spread, color=colour, height=0.7, ecolor="black", capsize=2)
+    axis.text(0.03, place, f"{ratio.median:.2f}", va="center", color="white", fontsize=8)

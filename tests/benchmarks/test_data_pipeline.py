@@ -206,6 +206,19 @@ def test_a_whole_run_measures_names_who_failed_and_writes_json_and_plot(
     assert set(content["versions"]) == set(contestants[:2])
 
 
+def test_resume_is_part_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(program.data_resume, "measure", lambda: [RESUME | {"seconds": 2.25, "imports": 3e8}])
+    out = tmp_path / "out.json"
+    options = ["--threads", "1", "--rounds", "1", "--contestants", OURS, "--out", str(out)]
+    assert run_program(tmp_path / "data", *options) == 0
+    content = json.loads(out.read_text())
+    assert content["resume"][0]["seconds"] == 2.25
+    assert [check["passed"] for check in content["checks"] if check["what"].startswith("14 million")] == [False, True]
+    assert "2.25" in capsys.readouterr().out
+
+
 def test_check_exits_with_1_where_a_target_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--contestants", OURS, "--threads", "1", "--rounds", "1", "--check", "--no-resume"]
     assert run_program(tmp_path, *arguments) == 1
