@@ -1,7 +1,6 @@
-"""Keyed random changes to pixels: crop boxes, RandAugment, random erasing; uint8 RGB in, uint8 RGB out.
+"""Keyed random draws: crop boxes, RandAugment's operations with their strengths, boxes to erase.
 
-timm supplies RandAugment's image operations. Everything drawn at random (which operations, their strength and sign, the
-boxes, the noise) is drawn here, from a generator that is passed in and belongs to one sample.
+Nothing here touches a pixel. All draws come from a generator that is passed in and belongs to one sample.
 """
 
 from __future__ import annotations
@@ -12,12 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from data_pipeline.config import ErasingMode
 from data_pipeline.order import STREAM_AUGMENT, keyed_seed
 
-Image = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in pixels"""
 
@@ -95,30 +91,6 @@ def erasing_box(rng: np.random.Generator, size: tuple[int, int]) -> Box | None:
     return None
 
 
-def random_erase(
-    image: Image, rng: np.random.Generator, mode: ErasingMode, mean: tuple[float, ...], std: tuple[float, ...]
-) -> None:
-    """Overwrite one random box of `image`, uint8 (H, W, 3), in place.
-
-    "const" fills with `mean`, which normalisation turns into 0. "pixel" fills with what normalisation turns into
-    standard normal noise per pixel and channel, except that bytes round it and cut it off at black and white.
-    """
-    box = erasing_box(rng, image.shape[:2])
-    if box is None:
-        return
-    top, left, height, width = box
-    patch = image[top : top + height, left : left + width]
-    centre = np.asarray(mean, np.float32) * 255
-    if mode == "const":
-        patch[...] = np.rint(centre).astype(np.uint8)
-        return
-    noise = rng.standard_normal((height, width * 3), dtype=np.float32)  # long rows are several times faster to scale
-    noise *= np.tile(np.asarray(std, np.float32) * 255, width)
-    noise += np.tile(centre + 0.5, width)  # the conversion to bytes cuts the fraction off
-    np.clip(noise, 0, 255, out=noise)
-    patch[...] = noise.reshape(height, width, 3)
-
-
 # How strong an operation is at `level` in [0, 1] (more where the magnitude's bound is raised) with a random `sign`, in
 # the units that timm's function of that name takes; the same values as timm's LEVEL_TO_ARG, except that posterizing
 # keeps one bit at least: with none the image is black, which Pillow refuses since version 13.
@@ -193,21 +165,6 @@ class RandAugment:
     """Deviation of the normal noise on each operation's magnitude; infinity: uniform in [0, magnitude]."""
 
     magnitude_max: float = _FULL_LEVEL
-
-    def __call__(self, image: Image, rng: np.random.Generator, fill: tuple[int, int, int]) -> Image:
-        """Apply to an image, uint8 (H, W, 3); `fill` is the RGB colour of what a rotation or shift uncovers."""
-        steps = self.draw(rng)
-        if not steps:
-            return image
-        from PIL import Image as pil
-        from timm.data.auto_augment import NAME_TO_OP
-
-        picture = pil.fromarray(image)
-        for name, strength, bicubic in steps:
-            # given one filter only, timm has nothing left to draw
-            resample = pil.Resampling.BICUBIC if bicubic else pil.Resampling.BILINEAR
-            picture = NAME_TO_OP[name](picture, *strength, fillcolor=fill, resample=resample)
-        return np.asarray(picture)
 
     def draw(self, rng: np.random.Generator) -> list[tuple[str, tuple[float, ...], bool]]:
         """(operation, its arguments, resample bicubically instead of bilinearly) of each operation to apply."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from data_pipeline.augment import SampleDraws
+from data_pipeline.changes import UNCHANGED, Changes
 from data_pipeline.config import Decoding
 from data_pipeline.decode import LARGE_PIXELS, DecodeError, Scratch, open_image
 from data_pipeline.shards.source import DamagedSampleError, DataError, Source
@@ -44,6 +45,10 @@ class Batch:
 
     valid: torch.Tensor
     """bool (n,); False for padding at the end of an evaluation and for samples that could not be read there"""
+
+    changes: list[Changes]
+    """What is still to be done to each image by data_pipeline.device_changes.apply_changes; empty where there is
+    nothing, because the loader's threads have done it"""
 
 
 @dataclass
@@ -83,11 +88,13 @@ class EpochReader:
         ids, copies = batch.ids[slots.start : slots.stop].tolist(), batch.copies[slots.start : slots.stop].tolist()
         for slot, sample_id, copy in zip(slots, ids, copies, strict=True):
             self.at_work[thread] = sample_id
-            label = self._write(sample_id, copy, draws, scratch, images[slot], report) if valid[slot] else None
-            if label is None:
+            written = self._write(sample_id, copy, draws, scratch, images[slot], report) if valid[slot] else None
+            if written is None:
                 images[slot], labels[slot], valid[slot] = 0, 0, False
             else:
-                labels[slot] = label
+                labels[slot], changes = written
+                if batch.changes:
+                    batch.changes[slot] = changes or UNCHANGED
         self.at_work.pop(thread, None)
         report.decode_seconds = time.perf_counter() - started
         return report
@@ -110,8 +117,9 @@ class EpochReader:
         scratch: Scratch,
         out: npt.NDArray[np.uint8],
         report: Report,
-    ) -> int | None:
-        """Write one image and return its label; None if it is damaged and nothing may stand in for it."""
+    ) -> tuple[int, Changes | None] | None:
+        """Write one image and return its label and what is still to be done to it; None if it is damaged and nothing
+        may stand in for it."""
         for attempt in range(1 + _MAX_SUBSTITUTES):
             candidate = (sample_id + attempt) % len(self.source)
             try:
@@ -125,7 +133,9 @@ class EpochReader:
             f"{report.damaged[-1][1]}. Check the shards with `python -m data_pipeline.verify`"
         )
 
-    def _prepare(self, sample_id: int, rng: np.random.Generator, scratch: Scratch, out: npt.NDArray[np.uint8]) -> int:
+    def _prepare(
+        self, sample_id: int, rng: np.random.Generator, scratch: Scratch, out: npt.NDArray[np.uint8]
+    ) -> tuple[int, Changes | None]:
         where = f"sample {sample_id}"
         try:
             sample = self.source.read(sample_id)
@@ -133,10 +143,10 @@ class EpochReader:
             try:
                 picture = open_image(sample.image, self.decoding, verified=sample.verified, scratch=scratch)
                 with self.large if picture.stored_pixels > LARGE_PIXELS else contextlib.nullcontext():
-                    self.transform(picture, rng, out)
+                    changes = self.transform(picture, rng, out)
             except DecodeError as error:
                 raise DamagedSampleError(sample.shard, sample.key, str(error)) from error
-            return sample.label
+            return sample.label, changes
         except (DamagedSampleError, DataError):
             raise
         except Exception as error:

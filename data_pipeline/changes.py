@@ -37,6 +37,9 @@ class Changes:
     """Seeds the noise that fills the erased box."""
 
 
+UNCHANGED = Changes((), None, 0)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What is drawn for every sample; made by `recipe_of`."""

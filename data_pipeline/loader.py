@@ -22,6 +22,7 @@ import torch
 
 from data_pipeline.batch import Batch, EpochReader, Report
 from data_pipeline.buffers import Buffers
+from data_pipeline.changes import UNCHANGED, recipe_of
 from data_pipeline.config import DataConfig
 from data_pipeline.expect import Expectation
 from data_pipeline.order import Batching, EpochOrder, Mode
@@ -66,10 +67,10 @@ class Loader:
         self._train = train
         self._mode: Mode = config.order if train else "sequential"
         self._transform = train_transform(config) if train else eval_transform(config)
+        self._changes_on_device = train and config.augment.place == "device" and recipe_of(config) is not None
         self._num_threads = _resolve_threads(config.num_threads)
         self._epoch, self._consumed = 0, 0
         self._running: weakref.ref[Generator[Batch, None, None]] | None = None
-        self._buffers = Buffers(config.prefetch + 2)  # those in the making, and two that a consumer has just let go
         self._quarantine = Quarantine(
             quarantine,
             batching.rank,
@@ -221,12 +222,13 @@ class Loader:
         expectation = Expectation(self._source, self._batching, order, lambda: self._order(self._epoch + self._train))
         ahead = self._config.prefetch if self._num_threads else 0
         first, step = self._consumed, self._batching.global_batch_size
+        buffers = Buffers(ahead + 2)  # free at most: all that were in the making, and two that the consumer had
         making: deque[tuple[int, Batch, Pending[Report]]] = deque()
         with Workers(self._num_threads, "data_pipeline") as workers:
             for index in range(self._batching.num_batches(len(order) - first)):
                 start = first + index * step
                 expectation.at(start)
-                batch = self._empty_batch(order, start)
+                batch = self._empty_batch(order, start, buffers)
                 making.append((min(start + step, len(order)), batch, self._start(workers, reader, batch)))
                 if len(making) > ahead:
                     yield self._hand_over(reader, *making.popleft())
@@ -234,16 +236,17 @@ class Loader:
                 yield self._hand_over(reader, *making.popleft())
         self._epoch, self._consumed = self._epoch + 1, 0
 
-    def _empty_batch(self, order: EpochOrder, start: int) -> Batch:
+    def _empty_batch(self, order: EpochOrder, start: int, buffers: Buffers) -> Batch:
         places = self._batching.rank_places(order, start)
         size = self._config.train_image_size(self._epoch) if self._train else self._config.image_size
         return Batch(
-            images=self._buffers.take((len(places.ids), size, size, 3)),
+            images=buffers.take((len(places.ids), size, size, 3)),
             labels=torch.zeros(len(places.ids), dtype=torch.int64, pin_memory=torch.cuda.is_available()),
             ids=torch.from_numpy(places.ids),
             copies=torch.from_numpy(places.copies),
             positions=torch.from_numpy(self._batching.positions),
             valid=torch.from_numpy(places.valid),
+            changes=[UNCHANGED] * (len(places.ids) if self._changes_on_device else 0),
         )
 
     def _start(self, workers: Workers, reader: EpochReader, batch: Batch) -> Pending[Report]:

@@ -11,34 +11,36 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data_pipeline.augment import parse_rand_augment, random_crop_box, random_erase
+from data_pipeline.augment import random_crop_box
+from data_pipeline.changes import Changes, cpu_changes, recipe_of
 from data_pipeline.config import DataConfig, Interpolation
 from data_pipeline.decode import Box, Picture, Size
 
 Image = npt.NDArray[np.uint8]
-Transform = Callable[[Picture, np.random.Generator, Image], None]
-"""(picture, the sample's generator, slot of the batch uint8 (S, S, 3) to write); decodes the box that it draws, and no
-more. Raises what Picture.region raises."""
+Transform = Callable[[Picture, np.random.Generator, Image], Changes | None]
+"""(picture, the sample's generator, slot of the batch uint8 (S, S, 3) to write) -> what is still to be done to the slot
+on the device, if anything. Decodes the box that it draws, and no more; raises what Picture.region raises."""
 
 
 def train_transform(config: DataConfig) -> Transform:
-    """Random crop resized to the batch's size, flip, RandAugment and erasing, as configured, in this order.
+    """Random crop resized to the batch's size, flip, and the further changes that are configured, in this order.
 
-    Raises ValueError for a RandAugment string that is not understood.
+    With `config.augment.place` "device" the further changes are drawn and returned, not made. Raises ValueError for a
+    RandAugment string that is not understood.
     """
     augment = config.augment
-    rand_augment = parse_rand_augment(augment.rand_augment) if augment.rand_augment else None
-    red, green, blue = (round(255 * channel) for channel in config.mean)
+    recipe, change = recipe_of(config), cpu_changes(config)
 
-    def transform(picture: Picture, rng: np.random.Generator, out: Image) -> None:
+    def transform(picture: Picture, rng: np.random.Generator, out: Image) -> Changes | None:
         box = random_crop_box(rng, picture.size, augment.scale, augment.ratio)
-        flip_draw, erase_draw = rng.random(2).tolist()
+        mirrored = rng.random() < augment.horizontal_flip
         pixels = picture.region(box, (out.shape[0], out.shape[1]))
-        resize(pixels, out, augment.interpolation, mirrored=flip_draw < augment.horizontal_flip)
-        if rand_augment is not None:
-            out[...] = rand_augment(out, rng, (red, green, blue))
-        if erase_draw < augment.random_erasing:
-            random_erase(out, rng, augment.erasing_mode, config.mean, config.std)
+        resize(pixels, out, augment.interpolation, mirrored=mirrored)
+        changes = recipe.draw(rng, (out.shape[0], out.shape[1])) if recipe else None
+        if changes is None or augment.place == "device":
+            return changes
+        change(out, changes)
+        return None
 
     return transform
 
@@ -50,7 +52,7 @@ def eval_transform(config: DataConfig) -> Transform:
     """
     short_side = math.floor(config.image_size / config.eval_crop_pct)
 
-    def transform(picture: Picture, rng: np.random.Generator, out: Image) -> None:
+    def transform(picture: Picture, rng: np.random.Generator, out: Image) -> Changes | None:
         box = _middle(picture.size)
         height, width = box[2:]
         scale = short_side / min(height, width)
@@ -59,6 +61,7 @@ def eval_transform(config: DataConfig) -> Transform:
         resize(picture.region(box, resized.shape[:2]), resized, config.augment.interpolation)
         top, left = round((resized_height - out.shape[0]) / 2), round((resized_width - out.shape[1]) / 2)
         out[...] = resized[top : top + out.shape[0], left : left + out.shape[1]]
+        return None
 
     return transform
 
@@ -75,7 +78,7 @@ def resize(image: Image, out: Image, interpolation: Interpolation, *, mirrored: 
     """Resample `image`, uint8 (H, W, 3), onto `out`, uint8 (H', W', 3); equal sizes are copied unchanged.
 
     "antialias" averages over the pixels that fall on one, as Pillow's bilinear filter does (torch); "linear" reads
-    four neighbours (OpenCV, or torch where OpenCV is missing); "area" is OpenCV's INTER_AREA. All run in the caller's
+    four neighbours (OpenCV, or Pillow where OpenCV is missing); "area" is OpenCV's INTER_AREA. All run in the caller's
     thread. `mirrored`: left and right are exchanged.
     """
     cv2 = _cv2()
@@ -88,8 +91,12 @@ def resize(image: Image, out: Image, interpolation: Interpolation, *, mirrored: 
             cv2.resize(image, size, dst=out, interpolation=method)
             return
         resized = cv2.resize(image, size, interpolation=method)
+    elif interpolation == "antialias":
+        resized = _antialiased(image, (out.shape[0], out.shape[1]))
+    elif interpolation == "linear":
+        resized = _linear_by_pillow(image, (out.shape[0], out.shape[1]))
     else:
-        resized = _resized_by_torch(image, (out.shape[0], out.shape[1]), interpolation)
+        raise ImportError("interpolation 'area' needs OpenCV: pip install opencv-python, or use 'antialias'")
     if not mirrored:
         out[...] = resized
     elif cv2 is not None:
@@ -98,9 +105,7 @@ def resize(image: Image, out: Image, interpolation: Interpolation, *, mirrored: 
         out[...] = resized[:, ::-1]
 
 
-def _resized_by_torch(image: Image, size: Size, interpolation: Interpolation) -> Image:
-    if interpolation == "area":
-        raise ImportError("interpolation 'area' needs OpenCV: pip install opencv-python, or use 'antialias'")
+def _antialiased(image: Image, size: Size) -> Image:
     # Torch has a fast path for bytes, five times as fast, that needs strides which say "channels last" beyond doubt:
     # no gaps between rows, and the batch axis added before the channels are moved. It also warns of read-only memory.
     if not (image.flags.c_contiguous and image.flags.writeable):
@@ -109,10 +114,21 @@ def _resized_by_torch(image: Image, size: Size, interpolation: Interpolation) ->
         torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2),
         size=size,
         mode="bilinear",
-        antialias=interpolation == "antialias",
+        antialias=True,
     )
     pixels: Image = resized.permute(0, 2, 3, 1).numpy()[0]
     return pixels
+
+
+def _linear_by_pillow(image: Image, size: Size) -> Image:
+    # Not by torch: without antialiasing it starts a team of OpenMP threads for each thread that calls it.
+    from PIL import Image as pil
+
+    height, width = image.shape[:2]
+    resized = pil.fromarray(image).transform(
+        (size[1], size[0]), pil.Transform.EXTENT, (0, 0, width, height), resample=pil.Resampling.BILINEAR
+    )
+    return np.asarray(resized)
 
 
 def normalize(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from data_pipeline.device_changes import apply_changes
 from data_pipeline.loader import Batch, Loader
 from data_pipeline.transforms import normalize
 from dgt.tasks import Inputs
@@ -37,7 +38,10 @@ class StepInputs:
     def __call__(self, batch: Batch, part: slice) -> Inputs:
         """The micro-batch `part` of `batch`, normalised and mixed, on the device."""
         positions = batch.positions[part]
-        images = normalize(self.on_device(batch.images[part]), self.config.data.mean, self.config.data.std)
+        pixels = self.on_device(batch.images[part])
+        if batch.changes:
+            pixels = apply_changes(pixels, batch.changes[part], self.config.data)
+        images = normalize(pixels, self.config.data.mean, self.config.data.std)
         labels = self.on_device(batch.labels[part])
         keys = self.on_device(
             drop_path_keys(self.config.seed, self.step, positions, self.config.steps.global_batch_size)

@@ -11,8 +11,9 @@ from timm.data.auto_augment import NAME_TO_OP
 
 from data_pipeline.augment import _STRENGTHS, SampleDraws
 from data_pipeline.changes import Changes, Step, cpu_changes, mean_colour, recipe_of
-from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.config import AugmentConfig, DataConfig, SyntheticConfig
 from data_pipeline.device_changes import _OPERATIONS, apply_changes
+from data_pipeline.loader import build_loader
 
 Pixels = npt.NDArray[np.uint8]
 HEIGHT, WIDTH = 40, 56
@@ -157,3 +158,33 @@ def test_pixel_erasing_is_keyed_noise_of_the_configured_mean_and_deviation() -> 
 def test_numbers_of_images_and_changes_must_agree() -> None:
     with pytest.raises(ValueError, match="5 images and 1 changes"):
         apply_changes(torch.from_numpy(pictures()), [Changes((), None, 0)], config())
+
+
+def test_batches_are_the_same_whether_threads_or_the_device_change_them() -> None:
+    def epoch(place: str) -> list[torch.Tensor]:
+        settings = DataConfig(
+            backend="synthetic",
+            num_classes=4,
+            image_size=32,
+            num_threads=2,
+            synthetic=SyntheticConfig(train_samples=24),
+            augment=AugmentConfig(color_jitter=0.5, random_erasing=0.5, erasing_mode="const", place=place),  # type: ignore[arg-type]
+        )
+        pieces = []
+        with build_loader(settings, "train", train=True, global_batch_size=8, rank=0, world_size=1, seed=3) as loader:
+            for batch in loader:
+                assert len(batch.changes) == (8 if place == "device" else 0)
+                pieces.append(apply_changes(batch.images, batch.changes, settings) if batch.changes else batch.images)
+        return pieces
+
+    in_threads, afterwards = epoch("cpu"), epoch("device")
+    assert len(in_threads) == 3
+    assert all(torch.equal(one, other) for one, other in zip(in_threads, afterwards, strict=True))
+
+
+def test_evaluation_is_never_changed() -> None:
+    settings = DataConfig(
+        backend="synthetic", num_classes=4, image_size=32, augment=AugmentConfig(color_jitter=0.5, place="device")
+    )
+    with build_loader(settings, "val", train=False, global_batch_size=8, rank=0, world_size=1, seed=3) as loader:
+        assert next(iter(loader)).changes == []

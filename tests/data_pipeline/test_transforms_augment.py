@@ -19,14 +19,31 @@ from data_pipeline.augment import (
     erasing_box,
     parse_rand_augment,
     random_crop_box,
-    random_erase,
 )
+from data_pipeline.changes import Changes, Step, cpu_changes
+from data_pipeline.config import AugmentConfig, DataConfig, ErasingMode
 
 Pixels = npt.NDArray[np.uint8]
 
 FILL = (124, 116, 104)
 OPERATION_SETS = ("rand", "rand-inc1", "rand-tweights", "rand-t3a", "rand-t3aw")
 OPERATIONS = sorted({name for text in OPERATION_SETS for name in parse_rand_augment(text).operations})
+
+
+def erased(image: Pixels, sample: int, mode: ErasingMode, mean: tuple[float, ...], std: tuple[float, ...]) -> Pixels:
+    """A copy of the image in which the box that is drawn for a sample is erased."""
+    config = DataConfig(mean=mean, std=std, augment=AugmentConfig(erasing_mode=mode))  # type: ignore[arg-type]
+    result = image.copy()
+    box = erasing_box(SampleDraws(0, 0).of(sample), image.shape[:2])
+    cpu_changes(config)(result, Changes((), box, sample))
+    return result
+
+
+def applied(image: Pixels, steps: list[Step]) -> Pixels:
+    """A copy of the image to which operations were applied."""
+    result = image.copy()
+    cpu_changes(DataConfig())(result, Changes(tuple(steps), None, 0))
+    return result
 
 
 class Scripted:
@@ -133,17 +150,14 @@ def test_nothing_is_erased_where_no_box_fits() -> None:
     # a third of the area, 3.3 times as high as wide: 33 rows of 10
     assert erasing_box(Scripted(*[1.0, 1.0, 0.0, 0.0] * 10), (10, 100)) is None  # type: ignore[arg-type]
     image = picture(height=1, width=1)
-    before = image.copy()
-    random_erase(image, SampleDraws(0, 0).of(0), "const", (0.5,) * 3, (0.1,) * 3)
-    assert (image == before).all()
+    assert (erased(image, 0, "const", (0.5,) * 3, (0.1,) * 3) == image).all()
 
 
 def test_const_erasing_fills_exactly_the_box_with_the_mean() -> None:
     mean = (0.485, 0.456, 0.406)
     before = picture()
     for sample in range(20):
-        image = before.copy()
-        random_erase(image, SampleDraws(0, 0).of(sample), "const", mean, (0.2,) * 3)
+        image = erased(before, sample, "const", mean, (0.2,) * 3)
         top, left, height, width = erasing_box(SampleDraws(0, 0).of(sample), (24, 32)) or (0, 0, 0, 0)
         expected = before.copy()
         expected[top : top + height, left : left + width] = (124, 116, 104)
@@ -155,8 +169,7 @@ def test_pixel_erasing_is_standard_normal_noise_after_normalisation() -> None:
     before = np.zeros((120, 120, 3), np.uint8)
     patches = []
     for sample in range(12):
-        image = before.copy()
-        random_erase(image, SampleDraws(0, 0).of(sample), "pixel", mean, std)
+        image = erased(before, sample, "pixel", mean, std)
         top, left, height, width = erasing_box(SampleDraws(0, 0).of(sample), (120, 120)) or (0, 0, 0, 0)
         patches.append(image[top : top + height, left : left + width].reshape(-1, 3).copy())
         image[top : top + height, left : left + width] = 0
@@ -173,8 +186,7 @@ def test_pixel_erasing_is_standard_normal_noise_after_normalisation() -> None:
 
 
 def test_pixel_erasing_is_cut_off_at_black_and_white_instead_of_wrapping() -> None:
-    image = np.full((64, 64, 3), 128, np.uint8)
-    random_erase(image, SampleDraws(0, 0).of(0), "pixel", (0.0, 1.0, 0.5), (0.01, 0.01, 0.0))
+    image = erased(np.full((64, 64, 3), 128, np.uint8), 0, "pixel", (0.0, 1.0, 0.502), (0.01, 0.01, 1e-6))
     changed = image[(image != 128).any(axis=2)]
     assert len(changed) > 50
     assert changed[:, 0].max() < 15
@@ -208,8 +220,9 @@ def test_operation_is_applied_as_timm_would_without_touching_global_generators(n
     image = picture()
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     for sample in range(4):
-        result = only(image, SampleDraws(0, 0).of(sample), FILL)
-        ((drawn, strength, bicubic),) = only.draw(SampleDraws(0, 0).of(sample))
+        steps = only.draw(SampleDraws(0, 0).of(sample))
+        result = applied(image, steps)
+        ((drawn, strength, bicubic),) = steps
         assert drawn == name
         expected = auto_augment.NAME_TO_OP[name](
             Image.fromarray(image),
@@ -228,7 +241,8 @@ def test_even_the_strongest_operations_accept_the_image() -> None:
         for magnitude in ("-m0", "-m10", "-m20-mmax20"):
             strongest = parse_rand_augment(text + magnitude + "-n3-p1")
             for sample in range(30):
-                assert strongest(picture(), SampleDraws(0, 0).of(sample), FILL).shape == (24, 32, 3)
+                steps = strongest.draw(SampleDraws(0, 0).of(sample))
+                assert applied(picture(), steps).shape == (24, 32, 3)
 
 
 def test_rand_augment_strings_are_read_as_timm_means_them() -> None:
@@ -279,7 +293,7 @@ def test_number_and_share_of_applied_operations_are_as_configured() -> None:
 
 def test_image_is_returned_unchanged_where_no_operation_applies() -> None:
     image = picture()
-    assert (parse_rand_augment("rand-p0")(image, SampleDraws(0, 0).of(0), FILL) == image).all()
+    assert (applied(image, parse_rand_augment("rand-p0").draw(SampleDraws(0, 0).of(0))) == image).all()
 
 
 def test_magnitudes_are_fixed_normal_or_uniform_as_configured() -> None:
