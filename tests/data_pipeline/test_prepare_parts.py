@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data_pipeline.prepare import folder, main
 from data_pipeline.prepare.listing import ShardSize
@@ -323,3 +324,33 @@ def test_every_shard_belongs_to_one_part() -> None:
 def test_parts_are_not_among_the_options_that_are_remembered() -> None:
     size = ShardSize.parse("64MB")
     assert BuildOptions(size, 1, False, part=Part(2, 3)).recorded() == BuildOptions(size, 4, True).recorded()
+
+
+def test_a_set_of_masks_in_parts_is_that_of_one_run_and_a_changed_mask_is_noticed(
+    tmp_path: Path, image_file, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    for split, count in (("train", 6), ("val", 2)):
+        for kind in ("images", "annotations"):
+            (source / kind / split).mkdir(parents=True)
+        for number in range(count):
+            (source / "images" / split / f"{number}.jpg").write_bytes(image_file(number, 60, 40))
+            mask = Image.new("L", (60, 40), number % 2)
+            mask.save(source / "annotations" / split / f"{number}.png")
+    (tmp_path / "names.txt").write_text("road\nsky\n")
+
+    def prepare(out: Path, *more: str) -> int:
+        own = ("--class-names", str(tmp_path / "names.txt"), "--num-shards", "3", "--max-size", "30")
+        return main(["segmentation", "--src", str(source), "--out", str(out), "--jobs", "1", *own, *more])
+
+    assert prepare(tmp_path / "one") == 0
+    assert prepare(tmp_path / "out", "--part", "1/2") == 0
+    for number in (0, 2, 4):  # of 6, of which part 1 has 4
+        Image.new("L", (60, 40), 1).save(source / "annotations" / "train" / f"{number}.png")
+    assert prepare(tmp_path / "changed") == 0
+    assert _contents(tmp_path / "changed") != _contents(tmp_path / "one")
+    capsys.readouterr()
+    for number in (1, 2):
+        assert prepare(tmp_path / "out", "--part", f"{number}/2") == 0
+    assert prepare(tmp_path / "out", "--merge") == 0
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "changed")
