@@ -291,3 +291,19 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(
         before_row, after_row = json.loads(before), json.loads(after)
         assert without_times(before_row) == without_times(after_row)
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000001", "step_00000002", "step_00000002.damaged"]
+
+
+def metrics_with_changes(folder: Path, place: str) -> dict[str, float]:
+    """Jitter and constant erasing are the same to the last bit wherever they are made."""
+    config = short(folder)
+    augment = replace(config.data.augment, color_jitter=0.5, random_erasing=0.5, erasing_mode="const", place=place)
+    metrics = train(replace(config, data=replace(config.data, augment=augment))).metrics
+    assert metrics is not None
+    return metrics
+
+
+def test_training_with_changes_made_on_the_device_equals_changes_made_in_the_loader(tmp_path: Path) -> None:
+    assert metrics_with_changes(tmp_path / "cpu", "cpu") == metrics_with_changes(tmp_path / "device", "device")
+    plain = train(short(tmp_path / "plain")).metrics
+    assert plain is not None
+    assert plain != metrics_with_changes(tmp_path / "again", "device")
