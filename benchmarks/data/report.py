@@ -132,7 +132,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axis.set_title(f"{images_set}, {threads} thread{'s' if threads > 1 else ''}", fontsize=10)
             axis.set_yticks(range(len(names)), [CONTESTANTS[name].title for name in names])
     for axis in axes[-1]:
-        axis.set_xlabel("images/s against FFCV: median, least and most of the rounds")
+        axis.set_xlabel("images/s against FFCV")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
