@@ -36,7 +36,7 @@ class Beton:
     labels: Sequence[int]
     fields: tuple[tuple[int, str], ...] = ((IMAGE, "image"), (INT, "label"))
     order: Sequence[int] | None = None
-    """In which samples lie in the pages and in the table; else one after the other."""
+    """In which samples lie in the pages; else one after the other. The table goes by their numbers."""
 
     def to_bytes(self) -> bytes:
         """A file with at most one image and one label, and 8 bytes for every other field."""
@@ -56,7 +56,8 @@ class Beton:
         head += b"".join(struct.pack("<B16s1024s", kind, name.encode(), b"") for kind, name in self.fields)
         for index in range(len(self.images)):
             head += self.record(index, offsets[index])
-        return head.ljust(start, b"\0") + pages + b"".join(struct.pack("<QQQ", *entry) for entry in table)
+        entries = b"".join(struct.pack("<QQQ", *entry) for entry in sorted(table))
+        return head.ljust(start, b"\0") + pages + entries
 
     def record(self, index: int, offset: int) -> bytes:
         image, packed = self.images[index], b""
@@ -214,8 +215,9 @@ def test_sample_that_contradicts_itself_is_damaged_and_others_are_not(
     assert source.read(5).label == 2
 
 
-@pytest.mark.parametrize("size", [2**64 - 1, 2**40, PAGE + 1])
+@pytest.mark.parametrize("size", [2**64 - 1, 2**40, PAGE + 1, 2**32 + 16 * 21 * 3])
 def test_size_in_the_table_that_leaves_its_page_is_damage(tmp_path: Path, beton: Beton, size: int) -> None:
+    """The last of the sizes is right in its lower 32 bits."""
     content = bytearray(beton.to_bytes())
     struct.pack_into("<Q", content, len(content) - ENTRY_BYTES + 16, size)
     source = opened(tmp_path, bytes(content))
@@ -232,6 +234,26 @@ def test_record_that_points_at_another_sample_is_damage(tmp_path: Path, beton: B
     with pytest.raises(DamagedSampleError, match="'0'"):
         source.read(0)
     assert source.read(1).label == 1
+
+
+@pytest.mark.parametrize("offset", [0, 2000])
+def test_image_outside_of_the_pages_is_damage_though_the_table_agrees(
+    tmp_path: Path, beton: Beton, offset: int
+) -> None:
+    content = bytearray(beton.to_bytes())
+    struct.pack_into("<Q", content, HEADER_BYTES + 2 * FIELD_BYTES + 5, offset)
+    struct.pack_into("<Q", content, len(content) - 9 * ENTRY_BYTES + 8, offset)
+    with pytest.raises(DamagedSampleError, match="'0' .*outside of the file's data"):
+        opened(tmp_path, bytes(content)).read(0)
+
+
+def test_label_that_changes_to_no_class_while_the_file_is_open_is_damage(tmp_path: Path, beton: Beton) -> None:
+    source = opened(tmp_path, beton)
+    with open(tmp_path / "train.beton", "r+b") as file:
+        file.seek(HEADER_BYTES + 2 * FIELD_BYTES + 16)
+        file.write(struct.pack("<q", 3))
+    with pytest.raises(DamagedSampleError, match="'0' .*label 3 is none of the 3 classes"):
+        source.read(0)
 
 
 @pytest.mark.parametrize("index", [7, 8])
