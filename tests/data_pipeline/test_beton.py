@@ -243,7 +243,7 @@ def test_image_outside_of_the_pages_is_damage_though_the_table_agrees(
     content = bytearray(beton.to_bytes())
     struct.pack_into("<Q", content, HEADER_BYTES + 2 * FIELD_BYTES + 5, offset)
     struct.pack_into("<Q", content, len(content) - 9 * ENTRY_BYTES + 8, offset)
-    with pytest.raises(DamagedSampleError, match="'0' .*outside of the file's data"):
+    with pytest.raises(DamagedSampleError, match=r"'0' .*outside of the file's data"):
         opened(tmp_path, bytes(content)).read(0)
 
 
@@ -252,7 +252,7 @@ def test_label_that_changes_to_no_class_while_the_file_is_open_is_damage(tmp_pat
     with open(tmp_path / "train.beton", "r+b") as file:
         file.seek(HEADER_BYTES + 2 * FIELD_BYTES + 16)
         file.write(struct.pack("<q", 3))
-    with pytest.raises(DamagedSampleError, match="'0' .*label 3 is none of the 3 classes"):
+    with pytest.raises(DamagedSampleError, match=r"'0' .*label 3 is none of the 3 classes"):
         source.read(0)
 
 
