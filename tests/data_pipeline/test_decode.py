@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import io
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
 
+import jpegs
 import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image, ImageOps
 
 from data_pipeline import decode
-from data_pipeline.decode import DecodeError, decode_image
+from data_pipeline.config import Decoding
+from data_pipeline.decode import DecodeError, Scratch, decode_image, open_image
+from data_pipeline.restart_rows import find_rows, insert
+from data_pipeline.transforms import resize
 
 # The fast DCT and plain chroma upsampling may move a pixel of a smooth image by this much, not more.
 FAST_DECODE_ERROR = 12
@@ -203,3 +212,259 @@ def test_decoded_pixels_pass_through_untouched() -> None:
 def test_arrays_that_are_not_rgb_bytes_are_refused(array: npt.NDArray[np.uint8]) -> None:
     with pytest.raises(DecodeError, match="must be uint8"):
         decode_image(array)
+
+
+@pytest.mark.parametrize("kind", jpegs.KINDS)
+def test_exact_decoding_gives_pillows_pixels(decoder: str, kind: str) -> None:
+    data = jpegs.of_kind(kind)
+    np.testing.assert_array_equal(decode_image(data, "exact"), jpegs.by_pillow(data))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}])
+def test_fast_decoding_stays_close_to_exact(options: dict[str, object]) -> None:
+    data = encode(**options)
+    assert _psnr(decode_image(data, "fast"), decode_image(data, "exact")) > 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("PNG", "RGB", {}),
+        ("PNG", "P", {}),
+        ("PNG", "L", {}),
+        ("WEBP", "RGB", {"quality": 80}),
+        ("WEBP", "RGB", {"lossless": True}),
+        ("WEBP", "RGBA", {"quality": 80}),
+    ],
+)
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_other_formats_give_pillows_pixels_upright(
+    kind: str, mode: str, options: dict[str, object], orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = jpegs.encoded(jpegs.textured(31, 47), mode, kind, exif=exif, **options)
+    picture, expected = open_image(data, "exact"), jpegs.by_pillow(data)
+    assert picture.stored_pixels == 31 * 47
+    assert picture.size == expected.shape[:2] == ((31, 47) if orientation < 5 else (47, 31))
+    np.testing.assert_array_equal(picture.region((3, 5, 20, 21)), expected[3:23, 5:26])
+
+
+def test_orientation_in_xmp_counts_where_exif_has_none(decoder: str) -> None:
+    plain = jpegs.of_kind("4:2:0")
+    packet = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation="8"/>'
+    data = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(packet) + 2) + packet + plain[2:]
+    assert decode_image(data, "exact").shape == (101, 75, 3)
+    np.testing.assert_array_equal(decode_image(data, "exact"), jpegs.by_pillow(data))
+
+
+def test_size_is_known_before_anything_is_decoded() -> None:
+    pytest.importorskip("simplejpeg")
+    data = jpegs.of_kind("orientation 6")
+    header_only = data[: data.index(b"\xff\xda") + 14]
+    assert open_image(header_only).size == (101, 75)
+    assert open_image(header_only).stored_pixels == 75 * 101
+    with pytest.raises(DecodeError):
+        open_image(header_only).region((0, 0, 10, 10))
+
+
+def _with_a_row_spoilt(data: bytes) -> bytes:
+    """Zeros in the lower half of the coded pixels, before the end marker."""
+    start = len(data) * 3 // 5
+    return data[:start] + bytes(len(data) - start - 2) + data[-2:]
+
+
+def test_what_lies_below_a_box_is_looked_at_unless_a_checksum_has_proved_it() -> None:
+    pytest.importorskip("simplejpeg")
+    data = jpegs.of_kind("4:2:0")
+    spoilt = _with_a_row_spoilt(data)
+    upper, lower = (0, 0, 20, 101), (60, 0, 15, 101)
+    with pytest.raises(DecodeError, match="damaged JPEG"):
+        open_image(spoilt).region(upper)
+    np.testing.assert_array_equal(open_image(spoilt, verified=True).region(upper), decode_image(data)[:20])
+    with pytest.raises(DecodeError, match="damaged JPEG"):
+        open_image(spoilt, verified=True).region(lower)
+
+
+def _psnr(first: npt.NDArray[np.uint8], second: npt.NDArray[np.uint8]) -> float:
+    return float(10 * np.log10(255**2 / ((first.astype(float) - second) ** 2).mean()))
+
+
+@pytest.mark.parametrize(("side", "reduction"), [(127, 1), (128, 2), (255, 2), (256, 4), (511, 4), (512, 8), (900, 8)])
+def test_decoding_is_scaled_by_what_leaves_two_pixels_for_each_one_wanted(side: int, reduction: int) -> None:
+    pytest.importorskip("simplejpeg")
+    data = jpegs.encoded(jpegs.textured(900, 910))
+    box, target = (0, 0, side, side), (32, 32)
+    assert open_image(data, "fast").region(box, target).shape == (*[round(side / reduction)] * 2, 3)
+    assert open_image(data, "exact").region(box, target).shape == (side, side, 3)
+    assert open_image(data, "fast").region(box).shape == (side, side, 3)
+
+
+@pytest.mark.parametrize("kind", ["4:4:4", "4:2:2", "4:2:0", "4:4:0", "gray", "progressive", "orientation 6"])
+@pytest.mark.parametrize("target", [(16, 16), (5, 9), (9, 5)])
+def test_scaled_regions_are_the_same_from_rows_and_near_to_the_resized_box(kind: str, target: tuple[int, int]) -> None:
+    pytest.importorskip("simplejpeg")
+    smooth = picture()
+    data = {"gray": lambda: jpegs.encoded(smooth, "L"), "progressive": lambda: jpegs.encoded(smooth, progressive=True)}
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    if kind in jpegs.SAMPLINGS:
+        source = jpegs.by_cjpeg(smooth, "-sample", jpegs.SAMPLINGS[kind])
+    else:
+        source = data.get(kind, lambda: jpegs.encoded(smooth, exif=exif))()
+    rows = jpegs.in_rows(*insert(source))
+    exact = decode_image(source, "exact")
+    for box in [(0, 0, *exact.shape[:2]), (3, 5, 64, 64), (1, 2, 70, 66), (8, 9, 65, 65)]:
+        top, left, height, width = box
+        plain = open_image(source, verified=True, scratch=Scratch()).region(box, target)
+        assert plain.shape[0] < height
+        assert np.array_equal(plain, open_image(rows, verified=True).region(box, target))
+        assert np.array_equal(plain, open_image(source).region(box, target))
+        small, expected = np.zeros((*target, 3), np.uint8), np.zeros((*target, 3), np.uint8)
+        resize(plain, small, "antialias")
+        resize(exact[top : top + height, left : left + width], expected, "antialias")
+        # the box is rounded to whole pixels of the reduced image, which moves it by a quarter of a target pixel or less
+        assert _psnr(small, expected) > 30
+
+
+def test_a_region_in_scratch_memory_is_what_it_is_in_fresh_memory() -> None:
+    pytest.importorskip("simplejpeg")
+    scratch = Scratch()
+    for kind in ("4:2:0", "gray", "progressive", "4:2:0"):
+        data = jpegs.of_kind(kind)
+        region = open_image(data, scratch=scratch).region((5, 6, 60, 80))
+        assert np.shares_memory(region, scratch.take(75 * 101 * 3))
+        np.testing.assert_array_equal(region, decode_image(data)[5:65, 6:86])
+
+
+def _claims(kind: str, height: int, width: int) -> bytes:
+    """A small file whose header claims a size."""
+    if kind == "JPEG":
+        data = bytearray(jpegs.of_kind("4:2:0"))
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = struct.pack(">HH", height, width)
+        return bytes(data)
+    if kind == "PNG":
+        header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        end = struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
+        body = b"IDAT" + zlib.compress(b"\0")
+        chunks = [
+            struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (header, body)
+        ]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + end
+    data = bytearray(jpegs.encoded(jpegs.textured(16, 16), kind="WEBP", lossless=kind == "WebP lossless"))
+    if kind == "WebP lossless":
+        data[21:25] = (width - 1 | (height - 1) << 14).to_bytes(4, "little")
+    elif kind == "WebP":
+        data[26:30] = struct.pack("<HH", width, height)
+    else:  # extended: a chunk with the size of the canvas goes in front
+        size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+        data[12:12] = b"VP8X" + struct.pack("<I", 10) + bytes(4) + size
+        data[4:8] = struct.pack("<I", len(data) - 8)
+    return bytes(data)
+
+
+BOMBS = [("JPEG", 65000), ("PNG", 200_000), ("WebP", 16383), ("WebP lossless", 16383), ("WebP extended", 1 << 24)]
+
+
+@pytest.mark.parametrize(("kind", "side"), BOMBS)
+def test_a_decompression_bomb_is_refused_by_its_header(decoder: str, kind: str, side: int) -> None:
+    with pytest.raises(DecodeError, match=f"its header claims {side:,} x {side:,} pixels, more than the 178,956,970"):
+        open_image(_claims(kind, side, side))
+
+
+_MEASURED = """
+import resource, sys
+from data_pipeline import decode
+{imports}
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+{program}
+print(peak() - before)
+"""
+
+
+def _peak_mib(imports: str, program: str, *arguments: object) -> float:
+    """What a program adds, after its imports, to the peak of the memory that its process holds."""
+    command = [sys.executable, "-c", _MEASURED.format(imports=imports, program=program), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[-1])
+
+
+FRAME_MIB = 9000 * 12_000 * 3 / 2**20
+
+
+_SERVING = """
+import threading
+import numpy as np
+import simplejpeg
+from data_pipeline.augment import SampleDraws
+from data_pipeline.batch import EpochReader
+from data_pipeline.config import DataConfig
+from data_pipeline.restart_rows import RestartRows
+from data_pipeline.shards.source import RawSample
+from data_pipeline.transforms import eval_transform, resize, train_transform
+data = open(sys.argv[1], "rb").read()
+ends = (*map(int, sys.argv[2].split()), len(data))
+rows = RestartRows(ends[:-1], lambda first, stop: data[ends[first] : ends[stop]])
+resize(np.zeros((64, 64, 3), np.uint8), np.zeros((8, 8, 3), np.uint8), "antialias")
+class Source:
+    def __len__(self): return 8
+    def read(self, index): return RawSample(str(index), IMAGE, 0, "shard", verified=True)
+reader = EpochReader(Source(), TRANSFORM(DataConfig(image_size=224)), 0, 0, False, decoding=DECODING)
+images = [np.zeros((224, 224, 3), np.uint8) for _ in range(4)]
+def work(number):
+    reader._prepare(number, SampleDraws(0, 0).of(number), decode.Scratch(), images[number])
+threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+"""
+
+_FOUR_THREADS = """
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert all(image.std() > 5 for image in images)
+"""
+
+
+@pytest.mark.parametrize(
+    ("decoding", "transform", "image", "most_mib"),
+    [
+        (
+            "fast",
+            "train_transform",
+            "data",
+            100,
+        ),  # at 1/8 of the size a frame takes 5 MiB, and libjpeg's rows some more
+        ("fast", "eval_transform", "rows", 100),
+        ("exact", "train_transform", "data", 2.2 * FRAME_MIB),  # one frame and one box at a time, of four threads
+    ],
+)
+def test_memory_for_a_12000_x_9000_image_is_bounded(
+    tmp_path: Path, decoding: Decoding, transform: str, image: str, most_mib: float
+) -> None:
+    pytest.importorskip("simplejpeg")
+    strip = jpegs.by_cjpeg(jpegs.textured(32, 12_000), "-sample", "2x2", "-quality", "60")
+    large = jpegs.repeated_rows(strip, 9000)
+    (tmp_path / "large.jpg").write_bytes(large)
+    serving = _SERVING.replace("DECODING", repr(decoding)).replace("TRANSFORM", transform).replace("IMAGE", image)
+    offsets = " ".join(map(str, find_rows(large)))
+    assert len(offsets.split()) == 1 + 563
+    assert _peak_mib(serving, _FOUR_THREADS, tmp_path / "large.jpg", offsets) < most_mib
+
+
+def test_refusing_a_bomb_takes_no_memory(tmp_path: Path) -> None:
+    pytest.importorskip("simplejpeg")
+    for number, (kind, side) in enumerate(BOMBS):
+        (tmp_path / str(number)).write_bytes(_claims(kind, side, side))
+    (tmp_path / "sound").write_bytes(jpegs.encoded(jpegs.textured(9, 9), kind="WEBP"))
+    warm_up = "decode.decode_image(open(sys.argv[1], 'rb').read())"
+    refused = """
+for path in sys.argv[2:]:
+    try:
+        decode.decode_image(open(path, "rb").read())
+    except decode.DecodeError:
+        continue
+    raise AssertionError(path)
+"""
+    bombs = [tmp_path / str(number) for number in range(len(BOMBS))]
+    assert _peak_mib(warm_up, refused, tmp_path / "sound", *bombs) < 10
