@@ -9,7 +9,7 @@ from pathlib import Path
 from data_pipeline.config import DataConfig
 from data_pipeline.decode import DecodeError, decode_image
 from data_pipeline.progress import progress_bar
-from data_pipeline.shards.beton import BetonIndex, BetonSource, load_index, open_beton
+from data_pipeline.shards.beton import BetonIndex, BetonSource, SplitFile, load_index, open_beton
 from data_pipeline.shards.beton_format import SUFFIX, read_contents, read_layout
 from data_pipeline.shards.files import sha256_of_file
 from data_pipeline.shards.source import DamagedSampleError, DataError
@@ -20,12 +20,19 @@ _RUN = 64  # samples that a thread takes at a time
 _MOST_CLASSES = 10_000_000
 
 
+def holds_betons(folder: Path) -> bool:
+    """Whether a folder holds .beton files."""
+    return folder.is_dir() and any(folder.glob(f"*{SUFFIX}"))
+
+
 def verify_betons(folder: Path, jobs: int, decode: bool) -> tuple[dict[str, int], list[Damage]]:
     """(samples of each split, all damages) of a folder of .beton files; raises DataError for a damaged index.json."""
     index = load_index(folder)
     names = list(index.splits) if index else sorted(path.stem for path in folder.glob(f"*{SUFFIX}"))
-    samples, damages = {}, []
+    samples: dict[str, int] = {}
+    damages: list[Damage] = []
     for name in names:
+        damages += _file_damages(folder / f"{name}{SUFFIX}", index.splits[name] if index else None)
         try:
             samples[name], found = _verify_split(folder, name, index, jobs, decode)
         except DataError as error:
@@ -37,19 +44,23 @@ def verify_betons(folder: Path, jobs: int, decode: bool) -> tuple[dict[str, int]
     return samples, damages
 
 
+def _file_damages(path: Path, stated: SplitFile | None) -> list[Damage]:
+    """Whether a file has the size and digest that index.json states; one that is missing is found at opening."""
+    if stated is None or not path.is_file():
+        return []
+    size = path.stat().st_size
+    if size != stated.bytes:
+        return [Damage(path.name, "", f"has {size:,} bytes instead of {stated.bytes:,}")]
+    changed = sha256_of_file(path).hex() != stated.sha256
+    return [Damage(path.name, "", "its bytes were changed (SHA-256 differs)")] if changed else []
+
+
 def _verify_split(
     folder: Path, name: str, index: BetonIndex | None, jobs: int, decode: bool
 ) -> tuple[int, list[Damage]]:
-    damages = []
+    damages: list[Damage] = []
     path = folder / f"{name}{SUFFIX}"
-    stated = index.splits[name] if index else None
-    if stated is not None and path.is_file():
-        size = path.stat().st_size
-        if size != stated.bytes:
-            damages.append(Damage(path.name, "", f"has {size:,} bytes instead of {stated.bytes:,}"))
-        elif sha256_of_file(path).hex() != stated.sha256:
-            damages.append(Damage(path.name, "", "its bytes were changed (SHA-256 differs)"))
-    classes = len(index.classes) if index else _number_of_classes(path)
+    classes = len(index.classes) if index else number_of_classes(path)
     source = open_beton(DataConfig(backend="ffcv", path=str(folder), num_classes=classes), name)
     try:
         runs = [range(first, min(first + _RUN, len(source))) for first in range(0, len(source), _RUN)]
@@ -61,7 +72,7 @@ def _verify_split(
         source.close()
 
 
-def _number_of_classes(path: Path) -> int:
+def number_of_classes(path: Path) -> int:
     """What the labels suggest, where no index.json says it; raises DataError."""
     try:
         with open(path, "rb") as file:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_pipeline.progress import progress_bar
+from data_pipeline.shards import set_index
 from data_pipeline.shards.source import DataError
 from data_pipeline.shards.verify import Damage
 
@@ -70,26 +71,17 @@ def verify_set(folder: Path, jobs: int, decode: bool) -> Report:
 
     Raises DataError where there is no set, or no index of it.
     """
-    from data_pipeline.shards import beton, set_index
+    from data_pipeline.verify import betons, tars
 
     if "://" in str(folder):
         raise DataError(f"{folder} is remote: verify the set where it lies on a disk, or copy it.")
-    if _is_beton(folder, beton.SUFFIX):
-        from data_pipeline.verify.betons import verify_betons
-
-        samples, damages = verify_betons(folder, jobs, decode)
+    if betons.holds_betons(folder):
+        samples, damages = betons.verify_betons(folder, jobs, decode)
         return Report("classification", samples, damages)
-    from data_pipeline.verify.tars import verify_tars
-
     index = set_index.load(folder)
     samples = {name: split.total for name, split in index.splits.items()}
     with progress_bar("verifying", sum(samples.values())) as advance:
-        return Report(index.kind, samples, verify_tars(folder, index, jobs, decode, advance))
-
-
-def _is_beton(folder: Path, suffix: str) -> bool:
-    """Whether a folder holds .beton files and not tar shards."""
-    return folder.is_dir() and any(folder.glob(f"*{suffix}"))
+        return Report(index.kind, samples, tars.verify_tars(folder, index, jobs, decode, advance))
 
 
 def to_json(folder: Path, decoded: bool, report: Report) -> bytes:

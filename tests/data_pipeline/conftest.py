@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,3 +62,22 @@ def shard_folder(tmp_path_factory: pytest.TempPathFactory, shard_source: Path) -
     out = tmp_path_factory.mktemp("shards") / "set"
     assert main(["imagefolder", "--src", str(shard_source), "--out", str(out), "--shard-size", "6", "--jobs", "1"]) == 0
     return out
+
+
+@pytest.fixture
+def copy(shard_folder: Path, tmp_path: Path) -> Path:
+    """A copy of `shard_folder` that a test may damage."""
+    shutil.copytree(shard_folder, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture(scope="session")
+def flip() -> Callable[[Path, int], None]:
+    """flip(path, position): changes one bit of a file."""
+
+    def flip_bit(path: Path, position: int) -> None:
+        data = bytearray(path.read_bytes())
+        data[position] ^= 0x01
+        path.write_bytes(data)
+
+    return flip_bit

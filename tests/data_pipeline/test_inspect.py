@@ -1,110 +1,57 @@
 from __future__ import annotations
 
-import os
-import shutil
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+from PIL import Image
 
 from data_pipeline.inspect import main
-from data_pipeline.shards import shard_index
-from data_pipeline.shards.writer import tar_header
 
 
-@pytest.fixture
-def copy(shard_folder: Path, tmp_path: Path) -> Path:
-    shutil.copytree(shard_folder, tmp_path / "copy")
-    return tmp_path / "copy"
+def _lines(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines()]
 
 
-def _flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 0x01
-    path.write_bytes(data)
-
-
-def _damages(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("damaged: ")]
-
-
-def test_a_sound_folder_is_counted_and_called_sound(shard_folder: Path) -> None:
+def test_a_folder_is_described_from_its_indexes(shard_folder: Path) -> None:
     command = [sys.executable, "-m", "data_pipeline.inspect", str(shard_folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    assert lines[0].endswith("3 classes, splits train, val")
+    lines = _lines(done.stdout)
+    assert lines[0].endswith("set: classification, 3 classes, splits train, val")
     assert lines[1] == "classes 0 bird, 1 cat, 2 dog"
     assert "train: 24 images in 4 shards, 0.1 MB" in lines
     assert "per class 7 to 9 (median 8) images" in lines
     assert "shards 5 to 6 (median 6) images each" in lines
     assert "image width 33 to 41 (median 37) pixels" in lines
     assert "subsampling 420 (24)" in lines
-    assert lines[-1] == "sound: every shard, tar header, image and label is as it was written"
+    check = f"python -m data_pipeline.verify {shard_folder}"
+    assert lines[-1] == f"all files are there; to read and check everything in them: {check}"
 
 
-def test_every_kind_of_flipped_byte_is_found_with_its_shard_and_key(
-    copy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = copy / "train" / "shard-000002.tar"
-    index = shard_index.load(path.with_suffix(".idx"))
-    offset, size = int(index.records[4]["offset"]), int(index.records[4]["size"])
-    label_header = offset + -(-size // 512) * 512
-    intact = path.read_bytes()
-    for position, message in [
-        (offset + size // 2, "the image's bytes were changed"),
-        (offset - 512 + 3, "the tar header of the image is damaged"),
-        (offset - 512 + 126, "the tar header of the image is damaged"),
-        (label_header + 2, "the tar header of the label is damaged"),
-        (label_header + 150, "the tar header of the label is damaged"),
-        (label_header + 512, "the label is b"),
-    ]:
-        path.write_bytes(intact)
-        _flip(path, position)
-        assert main([str(copy)]) == 1
-        (damage,) = _damages(capsys)
-        assert damage.startswith(f"damaged: train/shard-000002.tar: '{index.keys[4]}': {message}"), position
-        assert main([str(copy), "--no-verify"]) == 0
-        capsys.readouterr()
+def test_images_are_not_read(copy: Path, flip) -> None:
+    flip(copy / "train" / "shard-000000.tar", 700)
+    assert main([str(copy)]) == 0
 
 
-def test_a_flipped_byte_between_files_damages_the_shard_but_no_sample(
-    copy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = copy / "val" / "shard-000000.tar"
-    _flip(path, path.stat().st_size - 1)
-    assert main([str(copy)]) == 1
-    (damage,) = _damages(capsys)
-    assert damage.startswith("damaged: val/shard-000000.tar: bytes outside of the images")
-
-
-def test_a_cut_shard_is_named_with_the_keys_that_are_lost(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = copy / "train" / "shard-000000.tar"
-    index = shard_index.load(path.with_suffix(".idx"))
-    os.truncate(path, int(index.records[4]["offset"]) + 5)
-    for arguments, lost in (([], index.keys[4:]), (["--no-verify"], ())):
-        assert main([str(copy), *arguments]) == 1
-        damages = _damages(capsys)
-        assert damages[0].startswith("damaged: train/shard-000000.tar: is cut short (")
-        assert damages[1:] == [
-            f"damaged: train/shard-000000.tar: '{key}': lost: the shard ends before it" for key in lost
-        ]
-
-
-def test_missing_and_damaged_indexes_are_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_missing_cut_or_stale_is_named(copy: Path, capsys: pytest.CaptureFixture[str], flip) -> None:
     (copy / "train" / "shard-000001.tar").unlink()
     (copy / "train" / "shard-000002.idx").unlink()
-    _flip(copy / "train" / "shard-000003.idx", 100)
+    flip(copy / "train" / "shard-000003.idx", 100)
+    path = copy / "val" / "shard-000000.tar"
+    path.write_bytes(path.read_bytes()[:-1])
     assert main([str(copy)]) == 1
-    damages = _damages(capsys)
-    assert [damage.split(": ", 2)[1] for damage in damages] == [
+    damages = [line for line in capsys.readouterr().err.splitlines() if line.startswith("damaged: ")]
+    assert [damage.split(": ")[1] for damage in damages] == [
         "train/shard-000001.tar",
         "train/shard-000002.idx",
         "train/shard-000003.tar",
+        "val/shard-000000.tar",
     ]
     assert "checksum differs" in damages[2]
+    assert "is cut short" in damages[3]
 
 
 def test_what_is_no_shard_folder_is_said_in_one_sentence(
@@ -116,22 +63,71 @@ def test_what_is_no_shard_folder_is_said_in_one_sentence(
     assert "is one split of a data set" in capsys.readouterr().err
 
 
-def test_every_byte_of_a_small_shard_matters(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = copy / "val" / "shard-000001.tar"
-    intact = path.read_bytes()
-    for position in np.linspace(0, len(intact) - 1, 60, dtype=int).tolist():
-        path.write_bytes(intact)
-        _flip(path, position)
-        assert main([str(copy)]) == 1, position
-        assert len(_damages(capsys)) == 1, position
+def test_the_grid_is_written_with_the_settings_of_a_configuration(
+    shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base.yaml").write_text("task: {}\ndata:\n  image_size: 64\n  augment:\n    horizontal_flip: 0.0\n")
+    (tmp_path / "own.yaml").write_text(
+        "base: base.yaml\nname: x\ndata:\n  num_classes: 7\n  augment: {scale: [1, 1]}\n"
+    )
+    out = tmp_path / "out.png"
+    arguments = [str(shard_folder), "--grid", str(out), "--config", str(tmp_path / "own.yaml"), "--rows", "2"]
+    assert main([*arguments, "--columns", "3"]) == 0
+    assert capsys.readouterr().out == f"{out}: 416x355 pixels\n"  # 64 pixels, shown twice as large
+    first = Image.open(out).copy()
+    assert first.size == (416, 355)
+    assert main([*arguments, "--columns", "3"]) == 0
+    assert Image.open(out).tobytes() == first.tobytes()
+    assert main([*arguments, "--columns", "3", "--epoch", "1"]) == 0
+    assert Image.open(out).tobytes() != first.tobytes()
+    assert main([*arguments, "--columns", "3", "--set", "data.image_size=160"]) == 0
+    assert Image.open(out).size == (8 + 3 * 168, 17 + 16 + 2 * (160 + 16 + 17))
+    assert main([*arguments, "--columns", "50", "--split", "val", "--image-size", "32"]) == 0
+    assert Image.open(out).size == (8 + 11 * 136, 17 + 16 + 128 + 16 + 17), "11 images are all there are"
 
 
-def test_a_header_that_is_valid_but_another_file_s_is_found(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = copy / "train" / "shard-000000.tar"
-    index = shard_index.load(path.with_suffix(".idx"))
-    begin = int(index.records[1]["offset"]) - 512
-    data = path.read_bytes()
-    path.write_bytes(data[:begin] + tar_header("other/0001.jpg", int(index.records[1]["size"])) + data[begin + 512 :])
-    assert main([str(copy)]) == 1
-    (damage,) = _damages(capsys)
-    assert damage == f"damaged: train/shard-000000.tar: '{index.keys[1]}': the tar header of the image is damaged"
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("augment.rand_augmet=x", "--set: unknown key augment.rand_augmet; known here: scale, ratio"),
+        ("augment=3", "--set: augment: must be a section"),
+        ("image_size=big", "--set: image_size: must be of type int, got 'big'"),
+        ("augment.scale=[1]", "--set: augment.scale: must be a list of 2, got [1]"),
+        ("augment.interpolation=cubic", "--set: augment.interpolation: must be one of antialias, linear, area"),
+        ("augment.horizontal_flip=2", "--set: horizontal_flip: is a probability"),
+        ("augment.rand_augment", "sets nothing: give KEY=VALUE"),
+        ("mean=[0.5, 0.5, a", "is not valid YAML"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(
+    shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, message: str
+) -> None:
+    assert main([str(shard_folder), "--grid", str(tmp_path / "out.png"), "--set", setting]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_a_dense_set_is_described_with_its_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from data_pipeline.shards import set_index
+    from data_pipeline.shards.set_index import SetIndex
+
+    targets = {"extension": "seg.png", "first_label": 1, "ignore": [0]}
+    index = SetIndex(("wall", "sky"), {}, "segmentation", targets)
+    (tmp_path / "index.json").write_bytes(set_index.to_bytes(index))
+    assert main([str(tmp_path)]) == 0
+    lines = _lines(capsys.readouterr().out)
+    assert lines[0].endswith(": segmentation, 2 classes, splits")
+    assert lines[2] == "targets KEY.seg.png, values 1 to 2 and 0 (ignored)"
+
+
+def test_a_folder_of_beton_files_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    split = {"samples": 5, "bytes": 9, "sha256": "0" * 64, "digest": "0" * 64, "left_out": 1, "raw": 2}
+    content = {"format": "ffcv-beton", "version": 1, "kind": "classification", "classes": ["a"]}
+    (tmp_path / "index.json").write_text(json.dumps({**content, "splits": {"train": split, "val": split}}))
+    (tmp_path / "train.beton").write_bytes(bytes(9))
+    assert main([str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "train: 5 images in one file, 0.0 MB; 2 stored as pixels" in printed.out
+    assert "damaged: val.beton: is missing" in printed.err
+    (tmp_path / "val.beton").write_bytes(bytes(9))
+    assert main([str(tmp_path)]) == 0

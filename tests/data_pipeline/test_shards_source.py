@@ -18,19 +18,6 @@ def _config(folder: Path, num_classes: int = 3) -> DataConfig:
     return DataConfig(path=str(folder), num_classes=num_classes)
 
 
-@pytest.fixture
-def copy(shard_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the shards that a test may damage."""
-    shutil.copytree(shard_folder, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-def _flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 0x01
-    path.write_bytes(data)
-
-
 def test_source_serves_every_image_of_the_folder_with_its_label(shard_folder: Path, shard_source: Path) -> None:
     source = open_source(_config(shard_folder), "train")
     assert isinstance(source, Source)
@@ -148,10 +135,10 @@ def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder_are_data_er
         shard_index.load(copy / "val")
 
 
-def test_a_flipped_byte_in_an_image_is_noticed_with_shard_and_key(copy: Path, shard_folder: Path) -> None:
+def test_a_flipped_byte_in_an_image_is_noticed_with_shard_and_key(copy: Path, shard_folder: Path, flip) -> None:
     index = shard_index.load(copy / "train" / "shard-000001.idx")
     record = index.records[2]
-    _flip(copy / "train" / "shard-000001.tar", int(record["offset"]) + int(record["size"]) // 2)
+    flip(copy / "train" / "shard-000001.tar", int(record["offset"]) + int(record["size"]) // 2)
     source, intact = open_source(_config(copy), "train"), open_source(_config(shard_folder), "train")
     with pytest.raises(DamagedSampleError, match="checksum") as caught:
         source.read(8)
