@@ -83,7 +83,6 @@ class _Shared:
 
     queue: SimpleQueue[Callable[[], None] | None] = field(default_factory=SimpleQueue)  # its put is safe in a finalizer
     stopping: bool = False
-    process: int = field(default_factory=os.getpid)
 
 
 class Workers:
@@ -134,14 +133,12 @@ def _work(shared: _Shared) -> None:
 
 
 def _stop(shared: _Shared, threads: Sequence[threading.Thread]) -> None:
-    if shared.process != os.getpid():
-        return  # this is a fork: the threads are the parent's
     shared.stopping = True
     for _ in threads:
         shared.queue.put(None)
     deadline = time.monotonic() + _STOP_SECONDS
     for thread in threads:
-        # the garbage collector may have called this from one of them
+        # The garbage collector may have called this from one of them. In a fork the parent's threads count as ended.
         if thread.ident is not None and thread is not threading.current_thread():
             thread.join(max(0.0, deadline - time.monotonic()))
     stuck = [thread.name for thread in threads if thread.is_alive() and thread is not threading.current_thread()]

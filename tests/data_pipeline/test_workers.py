@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from data_pipeline import workers
 from data_pipeline.buffers import Buffers
 from data_pipeline.workers import StalledError, Workers
 
-SECONDS = 60.0  # ends a hang; nothing that works takes so long
+SECONDS = 30.0  # ends a hang; nothing that works takes so long
 
 
 def names() -> list[str]:
@@ -113,6 +115,23 @@ def test_what_has_not_begun_is_dropped() -> None:
     assert done == []
 
 
+class Large:
+    """Something that a task works on."""
+
+
+def test_threads_that_wait_keep_nothing_of_their_last_task() -> None:
+    with Workers(1, "pool") as pool:
+        worked_on = Large()
+        alive = weakref.ref(worked_on)
+        pool.start([functools.partial(isinstance, worked_on, Large)]).results(SECONDS)
+        del worked_on
+        deadline = time.monotonic() + SECONDS
+        while alive() is not None and time.monotonic() < deadline:
+            pass  # until the thread has come back to its queue
+        assert alive() is None
+
+
+@pytest.mark.filterwarnings("error")  # an exception in a finalizer is a warning
 def test_threads_end_when_the_pool_is_forgotten_even_in_one_of_them() -> None:
     pool = Workers(2, "pool")
     assert len(names()) == 2
