@@ -5,14 +5,22 @@ import io
 import json
 import tarfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
+import jpegs
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from data_pipeline.config import DataConfig
+from data_pipeline.restart_rows import RestartRows, insert
 from data_pipeline.shards import set_index, shard_index
-from data_pipeline.shards.source import DataError
+from data_pipeline.shards.reader import TarSource, open_source
+from data_pipeline.shards.source import DamagedSampleError, DataError
+from data_pipeline.shards.verify import verify_shard
 from data_pipeline.shards.writer import EncodedSample, member_bytes, tar_header, write_shard
 
 
@@ -120,8 +128,76 @@ def test_an_empty_shard_is_a_tar_without_members(tmp_path: Path) -> None:
     assert shard_index.load(tmp_path / "s.idx").keys == ()
 
 
+def _dense_samples() -> list[EncodedSample]:
+    """One with label and target, one with a target alone, one with a label alone; two of them with restart rows."""
+    pytest.importorskip("simplejpeg")
+    jpeg, rows = insert(jpegs.of_kind("4:2:0"))
+    gray, gray_rows = insert(jpegs.of_kind("gray"))
+    mask = {"target": b"a mask" * 200, "target_extension": "seg.png"}
+    return [
+        EncodedSample("both", "jpg", jpeg, 4, 101, 75, "420", 6, restart_rows=rows, **mask),
+        EncodedSample("mask", "jpg", jpeg[:700], -1, 101, 75, "420", **mask),
+        EncodedSample("label", "jpg", gray, 5, 101, 75, "Gray", 8, restart_rows=gray_rows),
+        EncodedSample("boxes", "png", b"x" * 512, -1, 9, 9, "not a JPEG", 1, b"{}", "json"),
+    ]
+
+
+def test_index_tells_target_orientation_and_rows(tmp_path: Path) -> None:
+    samples = _dense_samples()
+    path = tmp_path / "s.tar"
+    written = write_shard(path, samples)
+    index, data = shard_index.load(path.with_suffix(".idx")), path.read_bytes()
+    assert written.index_bytes == path.with_suffix(".idx").stat().st_size == index.header.file_bytes
+    with tarfile.open(path) as tar:
+        names = [member.name for member in tar]
+    assert names[:7] == ["both.jpg", "both.cls", "both.seg.png", "mask.jpg", "mask.seg.png", "label.jpg", "label.cls"]
+    assert names[7:] == ["boxes.png", "boxes.json"]
+    for number, sample in enumerate(samples):
+        record, rows = index.records[number], index.rows_of(number)
+        label = shard_index.NO_LABEL if sample.label < 0 else sample.label
+        assert (record["label"], record["orientation"], record["target_size"]) == (
+            label,
+            sample.orientation,
+            len(sample.target or b""),
+        )
+        begin = record["offset"] + record["size"] + record["target_gap"]
+        if sample.target:
+            assert data[begin : begin + record["target_size"]] == sample.target
+            assert record["target_crc32"] == zlib.crc32(sample.target)
+        assert rows["offset"].tolist() == list(sample.restart_rows)
+        ends = (*sample.restart_rows[1:], len(sample.image))
+        pieces = [sample.image[start:end] for start, end in zip(sample.restart_rows, ends, strict=False)]
+        assert rows["crc32"].tolist() == [zlib.crc32(piece) for piece in pieces]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target": b"", "target_extension": "json"},
+        {"target": b"{}"},
+        {"restart_rows": (1, 2)},
+        {"restart_rows": (0, 2, 2)},
+        {"restart_rows": (0, 3)},
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="of 'key'"):
+        write_shard(tmp_path / "s.tar", [replace(_sample("key", b"abc"), **change)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_index_of_version_1_is_refused_by_its_version(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s.tar", [])
+    data = (tmp_path / "s.idx").read_bytes()
+    (tmp_path / "s.idx").write_bytes(data[:8] + (1).to_bytes(4, "little") + data[12:68])
+    with pytest.raises(
+        DataError, match=r"s\.idx cannot be used: it has format version 1, and this program reads version 2"
+    ):
+        shard_index.load(tmp_path / "s.idx")
+
+
 def test_every_changed_byte_and_every_length_of_an_index_is_noticed(tmp_path: Path) -> None:
-    write_shard(tmp_path / "s.tar", [_sample("cat/1", b"one", 1), _sample("dog/2", b"two", 2)])
+    write_shard(tmp_path / "s.tar", _dense_samples())
     whole = (tmp_path / "s.idx").read_bytes()
     broken = tmp_path / "broken.idx"
     for position in range(len(whole)):
@@ -131,6 +207,97 @@ def test_every_changed_byte_and_every_length_of_an_index_is_noticed(tmp_path: Pa
         broken.write_bytes(whole[:position])
         with pytest.raises(DataError, match=r"broken\.idx cannot be used"):
             shard_index.load(broken)
+
+
+def test_every_changed_byte_of_a_record_is_noticed_where_one_sample_is_read(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s.tar", _dense_samples())
+    whole = (tmp_path / "s.idx").read_bytes()
+    header = shard_index.parse_header(whole)
+    for position in range(shard_index.HEADER.size, len(whole) - 4):
+        damaged = whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :]
+        wrong = 0
+        for row in range(header.samples):
+            try:
+                record = shard_index.read_record(lambda size, at: damaged[at : at + size], header, row)  # noqa: B023
+            except ValueError:
+                wrong += 1
+                continue
+            assert record == shard_index.read_record(lambda size, at: whole[at : at + size], header, row)
+        assert wrong == 1
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=300), row=st.integers(0, 10), head=st.booleans())
+def test_fuzzed_indexes_give_only_the_documented_errors(tmp_path: Path, data: bytes, row: int, head: bool) -> None:
+    if head:
+        data = shard_index.MAGIC + shard_index.VERSION.to_bytes(4, "little") + data
+    (tmp_path / "fuzzed.idx").write_bytes(data)
+    with pytest.raises(DataError, match=r"fuzzed\.idx cannot be used"):
+        shard_index.load(tmp_path / "fuzzed.idx")
+    with pytest.raises(ValueError, match=r"it is|it ends|it has|its header"):
+        shard_index.parse_header(data)
+    header = shard_index.Header(1 + row, len(data), len(data), 0, bytes(32))
+    with pytest.raises(ValueError, match="record"):
+        shard_index.read_record(lambda size, at: data[at : at + size], header, row)
+
+
+def test_verifying_finds_every_changed_byte_of_labels_targets_and_their_headers(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    write_shard(path, _dense_samples())
+    index, whole = shard_index.load(path.with_suffix(".idx")), path.read_bytes()
+    assert list(verify_shard(path, index, lambda count: None)) == []
+    first = index.records[0]
+    begin = int(first["offset"] + first["size"])
+    end = begin + int(first["target_gap"] + first["target_size"])
+    elsewhere = 0  # in padding, which belongs to no sample
+    for position in range(begin, end, 7):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x41]) + whole[position + 1 :])
+        found = list(verify_shard(path, index, lambda count: None))
+        assert len(found) == 1, f"byte {position - begin}"
+        elsewhere += found[0].key == ""
+        assert found[0].key in ("both", "")
+    assert elsewhere < (end - begin) / 7 / 2
+
+
+def test_source_gives_targets_and_rows_and_proves_them(tmp_path: Path) -> None:
+    samples = _dense_samples()
+    written = write_shard(tmp_path / "s.tar", samples)
+    whole = (tmp_path / "s.tar").read_bytes()
+    index = shard_index.load(tmp_path / "s.idx")
+
+    columns = ([written.samples], [written.tar_bytes], [written.index_bytes])
+    split = set_index.SplitIndex(("s.tar",), *map(np.array, columns), (written.sha256,), 0)
+    content = set_index.to_bytes(set_index.SetIndex(tuple("abcdefgh"), {"train": split}))
+    (tmp_path / "index.json").write_bytes(content)
+    (tmp_path / "train").mkdir()
+    for name in ("s.tar", "s.idx"):
+        (tmp_path / name).rename(tmp_path / "train" / name)
+    path = tmp_path / "train" / "s.tar"
+
+    def source() -> TarSource:
+        return open_source(DataConfig(path=str(tmp_path), num_classes=8), "train")
+
+    for number, sample in enumerate(samples):
+        read = source().read(number)
+        assert (read.key, read.label, read.target, read.verified) == (sample.key, sample.label, sample.target, True)
+        image = read.image.whole() if isinstance(read.image, RestartRows) else read.image
+        assert isinstance(read.image, RestartRows) == bool(sample.restart_rows)
+        assert image == sample.image
+    both, gap = index.records[0], int(index.records[0]["target_gap"])
+    begin, size = int(both["offset"]), int(both["size"])
+    rows = samples[0].restart_rows
+    for place, what in [
+        (begin + rows[3] + 5, "restart row"),
+        (begin + size + gap + 7, "the target's bytes were changed"),
+    ]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(DamagedSampleError, match=what):
+            source().read(0).image.whole()
+    path.write_bytes(whole[: begin + rows[3] + 5] + b"?" + whole[begin + rows[3] + 6 :])
+    image = source().read(0).image
+    assert image.read(0, 3) == samples[0].image[: rows[3]]
+    with pytest.raises(DamagedSampleError, match=r"'both' in shard .*checksum of a restart row differs"):
+        image.read(3, 4)
 
 
 def test_set_index_survives_writing_and_reading(shard_folder: Path, tmp_path: Path) -> None:
