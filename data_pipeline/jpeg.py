@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 START = b"\xff\xd8"
 
@@ -21,8 +21,7 @@ _ORIENTATION_TAG = 0x0112
 _BLOCK = 8  # pixels; JPEG transforms blocks of 8 x 8
 
 
-@dataclass(frozen=True, slots=True)
-class JpegHeader:
+class JpegHeader(NamedTuple):
     """What stands before the pixels of a JPEG."""
 
     height: int

@@ -84,9 +84,9 @@ def cut_rows(jpeg: RestartRows, head: bytes, header: JpegHeader, first: int, sto
     if stop < header.rows:
         data[-2:] = _END_OF_IMAGE
     if first % _MARKERS:  # else they are numbered right as they are
-        shift = len(head) - offsets[1 + first]
-        for row in range(first + 1, stop):
-            data[offsets[1 + row] + shift - 1] = _FIRST_MARKER + (row - first - 1) % _MARKERS
+        shift = len(head) - offsets[1 + first] - 1
+        for number, end in enumerate(offsets[2 + first : 1 + stop]):
+            data[end + shift] = _FIRST_MARKER + number % _MARKERS
     height = min(stop * header.mcu_height, header.height) - first * header.mcu_height
     data[header.height_at : header.height_at + 2] = height.to_bytes(2, "big")
     return data

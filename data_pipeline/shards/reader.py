@@ -288,12 +288,14 @@ class _Stored:
 
     def pieces(self, first: int, stop: int) -> bytes:
         """The pieces first <= piece < stop of an image with restart rows, each proved by its own checksum."""
-        ends = (*self.record.row_offsets, self.record.size)
-        begin = ends[first]
-        data = self._read(self.record.offset + begin, ends[stop] - begin, "image")
-        view = memoryview(data)
-        for piece in range(first, stop):
-            if zlib.crc32(view[ends[piece] - begin : ends[piece + 1] - begin]) != self.record.row_crc32s[piece]:
+        record = self.record
+        ends = (*record.row_offsets[first + 1 : stop + 1], record.size)[: stop - first]
+        start = begin = record.row_offsets[first]
+        data = self._read(record.offset + begin, ends[-1] - begin, "image")
+        view, crc32 = memoryview(data), zlib.crc32
+        for end, expected in zip(ends, record.row_crc32s[first:stop], strict=True):
+            found, start = crc32(view[start - begin : end - begin]), end
+            if found != expected:
                 raise DamagedSampleError(
                     self.name, self.record.key, "the image's bytes were changed (checksum of a restart row differs)"
                 )
