@@ -29,7 +29,8 @@ _LEAST_CELL = 128
 _DENSE_CELL = 320
 _GAP, _FONT_SIZE, _LINE = 8, 13, 17
 _BACKGROUND, _INK, _FAINT = (250, 250, 250), (20, 20, 20), (110, 110, 110)
-_MASK_OPACITY, _INSTANCE_OPACITY = 0.55, 0.4
+_MASK_OPACITY = 0.55
+_INSTANCE_OPACITY = 102  # of 255
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ def _over_mask(pixels: Pixels, mask: Pixels, index: SetIndex, size: int) -> tupl
 
 
 def _over_objects(pixels: Pixels, found: Any, index: SetIndex, size: int) -> tuple[Pixels, list[int]]:
-    """Masks and boxes of objects in the colours of their classes, crowds in white, without those too flat to learn from.
-    And the classes, by number."""
+    """Masks and boxes of objects in the colours of their classes, crowds in white; those too flat to learn from are
+    left out. And the classes, by number."""
     from PIL import Image, ImageDraw
 
     width, height = _fitted(pixels.shape[:2], size)
@@ -151,9 +152,7 @@ def _over_objects(pixels: Pixels, found: Any, index: SetIndex, size: int) -> tup
     for (thing, _), colour in zip(shown, colours, strict=True):
         mask = _instance_mask(thing.segmentation, (width, height), scale)
         if mask is not None:
-            picture.paste(
-                Image.new("RGB", picture.size, colour), mask=mask.point(lambda value: int(value * _INSTANCE_OPACITY))
-            )
+            picture.paste(Image.new("RGB", picture.size, colour), mask=mask)
     draw = ImageDraw.Draw(picture)
     for (thing, box), colour in zip(shown, colours, strict=True):
         left, top, right, bottom = box[0] * scale[0], box[1] * scale[1], box[2] * scale[0] - 1, box[3] * scale[1] - 1
@@ -165,20 +164,20 @@ def _over_objects(pixels: Pixels, found: Any, index: SetIndex, size: int) -> tup
 
 
 def _instance_mask(segmentation: Any, size: tuple[int, int], scale: tuple[float, float]) -> Image.Image | None:
-    """A mask of 0 and 255 at (width, height) `size`; None for an object without one."""
+    """Opacity at (width, height) `size`; None for an object without a mask."""
     from PIL import Image, ImageDraw
 
     from data_pipeline.targets import rle
 
     if isinstance(segmentation, dict):
-        stored = Image.fromarray(rle.decode(segmentation).astype(np.uint8) * 255)
+        stored = Image.fromarray(rle.decode(segmentation).astype(np.uint8) * _INSTANCE_OPACITY)
         return stored.resize(size, Image.Resampling.NEAREST)
     if not segmentation:
         return None
     mask = Image.new("L", size)
     for points in segmentation:
         scaled = [(x * scale[0], y * scale[1]) for x, y in zip(points[::2], points[1::2], strict=True)]
-        ImageDraw.Draw(mask).polygon(scaled, fill=255)
+        ImageDraw.Draw(mask).polygon(scaled, fill=_INSTANCE_OPACITY)
     return mask
 
 
