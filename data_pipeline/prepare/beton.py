@@ -5,6 +5,7 @@ after the other, so that the same input gives the same bytes and an error ends t
 processes fail, it waits for them for ever. Images are read and checked beside that, by `jobs` processes.
 
     OUT/SPLIT.beton    fields "image" (RGBImageField) and "label" (IntField), samples in the order of the tar shards
+    OUT/SPLIT.crc32    CRC-32 of every image, 4 bytes each
     OUT/index.json     classes, and per split: samples, bytes, SHA-256; written last
 """
 
@@ -40,7 +41,14 @@ from data_pipeline.prepare.options import BuildOptions
 from data_pipeline.prepare.parallel import end_with_parent
 from data_pipeline.progress import progress_bar
 from data_pipeline.shards import set_index
-from data_pipeline.shards.beton import BetonIndex, BetonSource, SplitFile, index_to_bytes, load_index
+from data_pipeline.shards.beton import (
+    CHECKSUM_SUFFIX,
+    BetonIndex,
+    BetonSource,
+    SplitFile,
+    index_to_bytes,
+    load_index,
+)
 from data_pipeline.shards.beton_format import SUFFIX
 from data_pipeline.shards.files import TEMPORARY_PREFIX, atomic_write, sha256_of_file
 from data_pipeline.shards.set_index import SetIndex, SplitIndex
@@ -262,7 +270,7 @@ class _SplitBuild:
             temporary = Path(file.name)
             while True:
                 try:
-                    write_beton(temporary, self._samples(), len(self._items), min(page_bytes, LARGEST_PAGE))
+                    checksums = write_beton(temporary, self._samples(), len(self._items), min(page_bytes, LARGEST_PAGE))
                     break
                 except PageTooSmallError as error:  # only decoding told; all pages are of one size
                     page_bytes = _power_of_2(error.needed)
@@ -270,7 +278,17 @@ class _SplitBuild:
             samples, digest = len(source), source.digest
             source.close()
             size, sha256 = temporary.stat().st_size, sha256_of_file(temporary).hex()
-        return SplitFile(samples, size, sha256, digest, len(self.left_out), self.counts[STORED_RAW])
+        with atomic_write(self._path.with_suffix(CHECKSUM_SUFFIX)) as file:
+            file.write(checksums.tobytes())
+        return SplitFile(
+            samples,
+            size,
+            sha256,
+            digest,
+            left_out=len(self.left_out),
+            raw=self.counts[STORED_RAW],
+            checksums=hashlib.sha256(checksums.tobytes()).hexdigest(),
+        )
 
     def _samples(self) -> Iterator[Stored]:
         """The usable samples, in order; notes the others."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.shards.beton_format import JPEG, RAW
+from data_pipeline.shards.beton_format import JPEG, RAW, checksum
 
 LARGEST_PAGE = 1 << 30
 """Bytes; ffcv writes a page with one call, and Linux writes less than 2 GiB in one."""
@@ -41,9 +41,10 @@ class PageTooSmallError(Exception):
         self.needed = needed
 
 
-def write_beton(path: Path, samples: Iterable[Stored], most: int, page_bytes: int) -> None:
+def write_beton(path: Path, samples: Iterable[Stored], most: int, page_bytes: int) -> npt.NDArray[np.uint32]:
     """Write `samples`, of which there are at most `most`, into the file `path`, in place of what it holds.
 
+    Returns the CRC-32 of each image as it is stored, (samples,), little-endian.
     The number of samples is known only at the end, so that room for the metadata of `most` is kept at the beginning.
     Raises PageTooSmallError, and OSError where writing fails; what is at `path` is then of no use.
     """
@@ -65,22 +66,23 @@ def write_beton(path: Path, samples: Iterable[Stored], most: int, page_bytes: in
     allocator = MemoryAllocator(str(path), writer.data_region_start, page_bytes)
     allocator.__enter__()
     try:
-        count = 0
-        for sample in samples:
+        checksums: list[int] = []
+        for count, sample in enumerate(samples):
             needed = len(sample.image) if isinstance(sample.image, bytes) else sample.image.nbytes
             if needed > page_bytes:
                 raise PageTooSmallError(needed)
             handle_sample((sample, sample.label), count, metadata.dtype.names, metadata, allocator, fields)
-            count += 1
+            checksums.append(checksum(sample.image))
         allocator.flush_page()
     finally:
         allocator.fp.close()  # its own __exit__ would write once more, also after an error
     expected = allocator.offset + allocator.next_page_written.value * page_bytes
     if path.stat().st_size != expected:  # ffcv does not look at how much of a page was written
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    writer.header["num_samples"] = count
+    writer.header["num_samples"] = len(checksums)
     writer.metadata_sm = SimpleNamespace(buf=metadata.tobytes())
     writer.finalize([np.array(allocator.allocations, ALLOC_TABLE_TYPE)])
+    return np.array(checksums, "<u4")
 
 
 def _store_image(destination: Any, sample: Stored, malloc: Callable[[int], tuple[int, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -13,10 +14,20 @@ import numpy.typing as npt
 
 from data_pipeline.config import DataConfig
 from data_pipeline.shards import set_index
-from data_pipeline.shards.beton_format import JPEG, RAW, SUFFIX, Record, read_contents, read_layout, read_record
+from data_pipeline.shards.beton_format import (
+    JPEG,
+    RAW,
+    SUFFIX,
+    Record,
+    checksum,
+    read_contents,
+    read_layout,
+    read_record,
+)
 from data_pipeline.shards.source import DamagedSampleError, DataError, RawSample
 
 INDEX_VERSION = 1
+CHECKSUM_SUFFIX = ".crc32"
 _JPEG_START = b"\xff\xd8"
 _REMEDY = "Write it again with the program that made it, or copy it anew."
 
@@ -36,6 +47,9 @@ class SplitFile:
 
     raw: int
     """Images that are stored as pixels, not as JPEG."""
+
+    checksums: str
+    """SHA-256 of SPLIT.crc32: the CRC-32 of every image as it is stored, 4 bytes each, little-endian."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,23 @@ def load_index(folder: Path) -> BetonIndex | None:
 
 def _split_from_json(split: dict[str, Any]) -> SplitFile:
     numbers = {name: int(split[name]) for name in ("samples", "bytes", "left_out", "raw")}
-    return SplitFile(sha256=str(split["sha256"]), digest=str(split["digest"]), **numbers)
+    texts = {name: str(split[name]) for name in ("sha256", "digest", "checksums")}
+    return SplitFile(**numbers, **texts)  # type: ignore[arg-type]
+
+
+def _read_checksums(path: Path, stated: SplitFile, samples: int) -> npt.NDArray[np.uint32]:
+    """CRC-32 of every image of the .beton at `path`; raises DataError where they are not those of index.json."""
+    path = path.with_suffix(CHECKSUM_SUFFIX)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. It belongs to the file beside it.") from error
+    if len(data) != 4 * samples or hashlib.sha256(data).hexdigest() != stated.checksums:
+        raise DataError(
+            f"{path} is not the one that {path.with_name(set_index.FILE_NAME)} describes. Copy the folder anew, or "
+            "delete it and prepare it again."
+        )
+    return np.frombuffer(data, "<u4")
 
 
 def open_beton(config: DataConfig, split: str) -> BetonSource:
@@ -133,10 +163,11 @@ def _require_file(folder: Path, split: str) -> None:
 class BetonSource:
     """One .beton file; a data_pipeline.shards.source.Source.
 
-    Opening reads metadata and allocation table once; 4 bytes per sample stay in memory. A read finds the sample's
-    record in the file, checks that its data lies where data can lie, then reads it. A file without an index.json
-    of ours carries no checksums, and its fingerprint covers header, metadata (labels, sizes, places), allocation table
-    and the file's size, but not the images' bytes; with an index.json it covers their SHA-256 as stated there.
+    Opening reads metadata and allocation table once; 8 bytes per sample stay in memory. A read finds the sample's
+    record in the file, checks that its data lies where data can lie, reads it, and compares it with its checksum. A
+    file without an index.json of ours has no checksums, and its fingerprint covers header, metadata (labels, sizes,
+    places), allocation table and the file's size, but not the images' bytes; with an index.json it covers their SHA-256
+    as stated there.
     """
 
     def __init__(self, path: Path, class_names: tuple[str, ...], stated: SplitFile | None = None) -> None:
@@ -157,6 +188,7 @@ class BetonSource:
                 f"{path} is not the file that {path.with_name(set_index.FILE_NAME)} describes: it was damaged, "
                 f"replaced or copied without it. Copy both anew, or delete {path.parent} and prepare it again."
             )
+        self._checksums = None if stated is None else _read_checksums(path, stated, len(self))
         self._fingerprint = f"{self._contents.digest}{f'/{stated.sha256}' if stated else ''}"
 
     def _check_labels(self) -> None:
@@ -207,11 +239,14 @@ class BetonSource:
         try:
             record = read_record(file.pread, self._layout, index)
             image = self._read_image(file, record, int(self._contents.sizes[index]))
+            if self._checksums is not None and checksum(image) != self._checksums[index]:
+                raise ValueError("the image's bytes were changed (checksum differs)")
         except ValueError as error:
             raise DamagedSampleError(self._path.name, str(index), str(error)) from error
         except OSError as error:
             raise DataError(f"{self._path} cannot be read: {error.strerror or error}") from error
-        return RawSample(str(index), image, record.label, self._path.name)
+        verified = self._checksums is not None
+        return RawSample(str(index), image, record.label, self._path.name, verified=verified)
 
     def close(self) -> None:
         """Close the file. Reading afterwards is an error."""

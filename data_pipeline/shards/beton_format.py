@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ JPEG, RAW = 0, 1
 
 HEADER = struct.Struct("<HHIQQ")
 _FIELD = struct.Struct("<B16s1024s")
+_IMAGE_STRUCT = struct.Struct("<BHHQ")
+_LABEL_STRUCT = struct.Struct("<q")
 ALLOCATION = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("size", "<u8")])
 
 _IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("offset", "<u8")])
@@ -246,5 +249,6 @@ def read_record(pread: Pread, layout: Layout, index: int) -> Record:
     return Record(mode, height, width, offset, label)
 
 
-_IMAGE_STRUCT = struct.Struct("<BHHQ")
-_LABEL_STRUCT = struct.Struct("<q")
+def checksum(image: bytes | npt.NDArray[np.uint8]) -> int:
+    """CRC-32 of an image as it is stored."""
+    return zlib.crc32(image if isinstance(image, bytes) else image.data)

@@ -22,7 +22,7 @@ from data_pipeline.decode import decode_image
 from data_pipeline.prepare import main
 from data_pipeline.shards.beton import BetonSource
 from data_pipeline.shards.reader import open_source
-from data_pipeline.shards.source import RawSample
+from data_pipeline.shards.source import DamagedSampleError, RawSample
 
 pytestmark = pytest.mark.ffcv
 
@@ -284,7 +284,7 @@ def test_same_source_gives_the_same_bytes_with_any_number_of_processes(
     out = tmp_path / "set"
     options = ("--format", "ffcv", "--raw-fraction", "0.25")
     assert prepare(source_folder, out, *options, "--jobs", "2") == 3
-    names = ("train.beton", "val.beton", "index.json", "left_out.jsonl", "prepare.json")
+    names = ("train.beton", "train.crc32", "val.beton", "val.crc32", "index.json", "left_out.jsonl", "prepare.json")
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
     for name in names:
         assert (out / name).read_bytes() == (beton_folder / name).read_bytes()
@@ -321,6 +321,30 @@ def test_finished_set_whose_source_changed_is_left_alone_and_named(
     assert prepare(source, out, "--format", "ffcv") == 1
     assert "has changed since that was finished (train/ant/0003.jpg)" in capsys.readouterr().err
     assert (out / "train.beton").read_bytes() == before
+
+
+def test_changed_pixels_are_noticed_by_their_checksum(tmp_path: Path, beton_folder: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(beton_folder, folder)
+    source = BetonSource(folder / "train.beton", CLASSES)
+    number = next(number for number in range(len(source)) if kind(source.read(number)) == "pixels")
+    content = bytearray((folder / "train.beton").read_bytes())
+    content[content.index(np.asarray(source.read(number).image).tobytes()) + 1000] ^= 1
+    (folder / "train.beton").write_bytes(content)
+    with open_loader(config(folder, "ffcv"), 39) as loader, pytest.raises(DamagedSampleError, match="checksum differs"):
+        loader.source.read(number)
+    assert kind(BetonSource(folder / "train.beton", CLASSES).read(number)) == "pixels"  # nobody knows without index
+
+
+def test_checksums_that_are_missing_or_of_another_file_are_refused(tmp_path: Path, beton_folder: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(beton_folder, folder)
+    (folder / "train.crc32").write_bytes(bytes((folder / "train.crc32").stat().st_size))
+    with pytest.raises(DataError, match=r"train\.crc32 is not the one that .*index\.json describes"):
+        open_loader(config(folder, "ffcv"), 4)
+    (folder / "train.crc32").unlink()
+    with pytest.raises(DataError, match=r"train\.crc32 cannot be read: No such file"):
+        open_loader(config(folder, "ffcv"), 4)
 
 
 def test_index_of_another_file_is_refused(tmp_path: Path, beton_folder: Path) -> None:
