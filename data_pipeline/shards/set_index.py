@@ -128,6 +128,8 @@ def load(place: Path | Storage) -> SetIndex:
         content = json.loads(storage.read_bytes(FILE_NAME))
     except FileNotFoundError:
         raise DataError(_why_missing(Path(storage.shown()))) from None
+    except DataError as error:
+        raise DataError(f"{error}. The data path must be the URL of the folder with {FILE_NAME}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:

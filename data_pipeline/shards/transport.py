@@ -114,6 +114,8 @@ class Remote:
         except (CalledOffError, TransportError):
             raise
         except Exception as error:  # what storage libraries raise has no common type
+            if isinstance(error, RuntimeError) and "shutdown" in str(error):
+                raise CalledOffError from None  # the interpreter ends: asyncio starts no more threads
             raise self._explained(error) from None  # the original's text and traceback may hold the URL's secrets
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> concurrent.futures.Future[Result]:
@@ -132,15 +134,18 @@ class Remote:
         return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
 
     def _explained(self, error: Exception) -> TransportError:
+        """What to say of an error. Those of optional packages are known by their names."""
         if isinstance(error, (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)):
             return TransportError(f"nothing, or too little, came within {self._timeout:g} seconds")
+        if type(error).__name__ == "ClientPayloadError":  # aiohttp's, whose own text speaks of other things
+            return TransportError("the connection ended before the file did")
         if isinstance(error, FileNotFoundError):
             return TransportError("there is no such file (404)", permanent=True)
         if isinstance(error, PermissionError):
             return TransportError(f"access is denied ({self._cleaned(error)})", permanent=True)
         status = getattr(error, "status", None) or getattr(error, "code", None)
         refused = isinstance(status, int) and 400 <= status < 500 and status not in _WORTH_ANOTHER_TRY
-        no_credentials = type(error).__name__ == "NoCredentialsError"  # botocore's; it may not be installed
+        no_credentials = type(error).__name__ == "NoCredentialsError"  # botocore's
         return TransportError(self._cleaned(error), permanent=refused or no_credentials)
 
     def _cleaned(self, error: Exception) -> str:
