@@ -57,7 +57,12 @@ class RawSample:
 
 @runtime_checkable
 class Source(Protocol):
-    """A split of a data set with random access. `read` may be called from several threads at once."""
+    """A split of a data set with random access. `read` may be called from several threads at once.
+
+    A source of shards also has `shard_sizes`, the number of samples in each: ids count through the shards in turn. It
+    may have `expect(shards)`: these shards are read next, soonest first, and earlier calls no longer hold; and
+    `stats() -> dict[str, float]`: numbers since the last call, which are reported beside the loader's own.
+    """
 
     @property
     def num_classes(self) -> int: ...
