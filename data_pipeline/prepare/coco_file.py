@@ -99,7 +99,8 @@ def _entries(text: str) -> Iterator[tuple[str, Any, int, int]]:
     """(name of the list, element, its first character, its end) of all elements of the lists in the file's object."""
     decode = json.JSONDecoder().raw_decode
     separator, position = _separator(text, 0, "{")
-    if text[_skip_space(text, position)] == "}":
+    start = _skip_space(text, position)
+    if text[start : start + 1] == "}":
         return
     while separator != "}":
         name, position = decode(text, _skip_space(text, position))
