@@ -78,7 +78,7 @@ def resize(image: Image, out: Image, interpolation: Interpolation, *, mirrored: 
     """Resample `image`, uint8 (H, W, 3), onto `out`, uint8 (H', W', 3); equal sizes are copied unchanged.
 
     "antialias" averages over the pixels that fall on one, as Pillow's bilinear filter does (torch); "linear" reads
-    four neighbours (OpenCV, or Pillow where OpenCV is missing); "area" is OpenCV's INTER_AREA. All run in the caller's
+    four neighbours (OpenCV, or torch where OpenCV is missing); "area" is OpenCV's INTER_AREA. All run in the caller's
     thread. `mirrored`: left and right are exchanged.
     """
     cv2 = _cv2()
@@ -91,12 +91,10 @@ def resize(image: Image, out: Image, interpolation: Interpolation, *, mirrored: 
             cv2.resize(image, size, dst=out, interpolation=method)
             return
         resized = cv2.resize(image, size, interpolation=method)
-    elif interpolation == "antialias":
-        resized = _antialiased(image, (out.shape[0], out.shape[1]))
-    elif interpolation == "linear":
-        resized = _linear_by_pillow(image, (out.shape[0], out.shape[1]))
-    else:
+    elif interpolation == "area":
         raise ImportError("interpolation 'area' needs OpenCV: pip install opencv-python, or use 'antialias'")
+    else:
+        resized = _resized_by_torch(image, (out.shape[0], out.shape[1]), antialias=interpolation == "antialias")
     if not mirrored:
         out[...] = resized
     elif cv2 is not None:
@@ -105,30 +103,16 @@ def resize(image: Image, out: Image, interpolation: Interpolation, *, mirrored: 
         out[...] = resized[:, ::-1]
 
 
-def _antialiased(image: Image, size: Size) -> Image:
-    # Torch has a fast path for bytes, five times as fast, that needs strides which say "channels last" beyond doubt:
-    # no gaps between rows, and the batch axis added before the channels are moved. It also warns of read-only memory.
+def _resized_by_torch(image: Image, size: Size, antialias: bool) -> Image:
+    # Torch has a fast path for bytes, five times as fast, that needs strides which say "channels last" beyond doubt: no
+    # gaps between rows, and the batch axis added before the channels are moved. It would close the gaps itself, but
+    # with a team of OpenMP threads for each thread that calls it. It also warns of read-only memory.
     if not (image.flags.c_contiguous and image.flags.writeable):
         image = image.copy()
-    resized = torch.nn.functional.interpolate(
-        torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2),
-        size=size,
-        mode="bilinear",
-        antialias=True,
-    )
-    pixels: Image = resized.permute(0, 2, 3, 1).numpy()[0]
-    return pixels
-
-
-def _linear_by_pillow(image: Image, size: Size) -> Image:
-    # Not by torch: without antialiasing it starts a team of OpenMP threads for each thread that calls it.
-    from PIL import Image as pil
-
-    height, width = image.shape[:2]
-    resized = pil.fromarray(image).transform(
-        (size[1], size[0]), pil.Transform.EXTENT, (0, 0, width, height), resample=pil.Resampling.BILINEAR
-    )
-    return np.asarray(resized)
+    pixels = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=antialias)
+    result: Image = resized.permute(0, 2, 3, 1).numpy()[0]
+    return result
 
 
 def normalize(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import numpy.typing as npt
@@ -267,3 +269,40 @@ def test_normalize_leaves_its_input_alone_and_takes_bytes_only() -> None:
     assert torch.equal(images, before)
     with pytest.raises(TypeError, match="takes uint8 images"):
         normalize(images.float(), (0.5,) * 3, (0.5,) * 3)
+
+
+_COUNTING = """
+import os, sys, threading
+import numpy as np, torch
+from data_pipeline import transforms
+from data_pipeline.decode import open_image
+torch.set_num_threads(4)  # what a team would have
+if sys.argv[1] == "without OpenCV":
+    transforms._cv2 = lambda: None
+image, out = np.zeros((900, 900, 3), np.uint8), np.zeros((300, 300, 3), np.uint8)
+def count(): return len(os.listdir("/proc/self/task"))
+def work():
+    for part in (image, image[:, :700]):
+        for interpolation in ("antialias", "linear"):
+            transforms.resize(part, out.copy(), interpolation, mirrored=True)
+    open_image(image).region((0, 0, 9, 9))
+    done.wait()
+    end.wait()
+# once in this thread: what a library starts for the whole process
+done = end = threading.Barrier(1)
+work()
+before = count()
+done, end = threading.Barrier(4), threading.Barrier(4)
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads: thread.start()
+done.wait()
+print(count() - before)
+end.wait()
+"""
+
+
+@pytest.mark.parametrize("library", ["with OpenCV", "without OpenCV"])
+def test_a_thread_that_resizes_starts_no_team_of_its_own(library: str) -> None:
+    done = subprocess.run([sys.executable, "-c", _COUNTING, library], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 3
