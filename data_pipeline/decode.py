@@ -8,8 +8,8 @@ much as that part needs:
 * Everything else: the whole image.
 
 The pixels are the same in all three cases, bit for bit. "exact" decoding gives Pillow's pixels. "fast" takes libjpeg's
-fast DCT and plain chroma upsampling (12 % faster; 40 dB and more from the exact pixels), and where a part is to become
-much smaller it decodes at 1/2, 1/4 or 1/8 of the size: see `_reduction`.
+fast DCT and plain chroma upsampling (10 % faster; on 112 photographs 43 dB from the exact pixels, and 39 at least), and
+where a part is to become much smaller it decodes at 1/2, 1/4 or 1/8 of the size: see `_reduction`.
 """
 
 from __future__ import annotations
@@ -279,7 +279,13 @@ def _simplejpeg() -> ModuleType | None:
 
 
 def _reduction(size: Size, target: Size) -> int:
-    """The whole number (1, 2, 4 or 8) by which to divide the sides of a box of this size while decoding it."""
+    """The whole number (1, 2, 4 or 8) by which to divide the sides of a box of this size while decoding it.
+
+    Two pixels or more of the reduced image are left for each one of `target`. The box is rounded to whole pixels of the
+    reduced image and so moves by a quarter of a target pixel at most. With antialiased resizing, 175 boxes of
+    photographs were 40 dB (median; 31 at least) from exact decoding resized by Pillow. Time saved, resizing included: a
+    sixth at 1/2, a quarter at 1/4, a third at 1/8.
+    """
     ratio = min(size[0] / target[0], size[1] / target[1]) / _SAMPLES_PER_PIXEL
     return 8 if ratio >= 8 else 4 if ratio >= 4 else 2 if ratio >= 2 else 1
 
