@@ -1,10 +1,28 @@
 from __future__ import annotations
 
+import functools
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@functools.cache
+def why_no_ffcv() -> str:
+    """Why the ffcv package cannot be used here; empty where it can."""
+    try:
+        from ffcv import loader  # noqa: F401
+    except ImportError as error:
+        return f"ffcv cannot be imported ({error}): make setup-test installs it"
+    return ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked ffcv are skipped where it cannot be used, but not under CI."""
+    if item.get_closest_marker("ffcv") and why_no_ffcv():
+        pytest.fail(why_no_ffcv()) if os.environ.get("CI") == "true" else pytest.skip(why_no_ffcv())
 
 
 @pytest.fixture

@@ -30,18 +30,6 @@ CLASSES = ("ant", "bee", "cat")
 HEIGHT, WIDTH = 30, 40
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ffcv() -> Any:
-    """The package; skips where it is not installed, but not under CI."""
-    try:
-        import ffcv
-        from ffcv import loader  # noqa: F401
-    except ImportError as error:
-        sentence = f"ffcv cannot be imported ({error}): make setup-test installs it"
-        pytest.fail(sentence) if os.environ.get("CI") == "true" else pytest.skip(sentence)
-    return ffcv
-
-
 @pytest.fixture(scope="module")
 def source_folder(tmp_path_factory: pytest.TempPathFactory, image_file: Callable[..., bytes]) -> Path:
     """40 images to train on and 11 to validate, all upright 30x40 when they are shown: mostly JPEGs, one of each other

@@ -121,7 +121,7 @@ def test_a_dense_set_is_described_with_its_targets(tmp_path: Path, capsys: pytes
 
 
 def test_a_folder_of_beton_files_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    split = {"samples": 5, "bytes": 9, "sha256": "0" * 64, "digest": "0" * 64, "left_out": 1, "raw": 2}
+    split = {"samples": 5, "bytes": 9, "sha256": "0" * 64, "digest": "0" * 64, "left_out": 1, "raw": 2, "checksums": ""}
     content = {"format": "ffcv-beton", "version": 1, "kind": "classification", "classes": ["a"]}
     (tmp_path / "index.json").write_text(json.dumps({**content, "splits": {"train": split, "val": split}}))
     (tmp_path / "train.beton").write_bytes(bytes(9))

@@ -284,7 +284,6 @@ def test_the_report_for_programs_says_the_same(copy: Path, tmp_path: Path, flip)
 def test_beton_files_are_read_and_damage_in_them_is_found(
     tmp_path: Path, shard_source: Path, capsys: pytest.CaptureFixture[str], flip
 ) -> None:
-    pytest.importorskip("ffcv")
     from data_pipeline.prepare import main as prepare
 
     out = tmp_path / "out"
@@ -299,10 +298,15 @@ def test_beton_files_are_read_and_damage_in_them_is_found(
     found = _damages(capsys)
     assert found[0] == "damaged: val.beton: its bytes were changed (SHA-256 differs)"
     assert len(found) == 2
-    assert "cannot be decoded" in found[1]
+    assert "the image's bytes were changed (checksum differs)" in found[1]
     path.write_bytes(intact[:-1])
     assert main([str(out)]) == 1
     assert f"has {len(intact) - 1:,} bytes instead of {len(intact):,}" in capsys.readouterr().err
     path.write_bytes(intact)
     (out / "index.json").unlink()  # as the ffcv package leaves its files
     assert main([str(out)]) == 0
+    capsys.readouterr()
+    flip(path, image + 2)
+    assert main([str(out)]) == 1
+    (only,) = _damages(capsys)
+    assert "cannot be decoded" in only

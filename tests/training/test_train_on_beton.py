@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from PIL import Image
 from small import small_config
 
+from data_pipeline.prepare import main
 from dgt.training.steps import StepsConfig
 from dgt.training.trainer import train
 
@@ -34,13 +34,6 @@ def images(tmp_path: Path) -> Path:
 
 
 def test_run_on_beton_gives_the_metrics_of_the_run_on_tar_shards(tmp_path: Path, images: Path) -> None:
-    try:
-        import ffcv  # noqa: F401
-    except ImportError as error:
-        sentence = f"ffcv cannot be imported ({error}): make setup-test installs it"
-        pytest.fail(sentence) if os.environ.get("CI") == "true" else pytest.skip(sentence)
-    from data_pipeline.prepare import main
-
     metrics = {}
     for backend in ("webdataset", "ffcv"):
         shards = tmp_path / backend
