@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 _PATIENCE = 900.0
 """Seconds after which a contestant that does not answer is given up."""
 _FAREWELL = 20.0
+"""Seconds that a contestant has to end by itself."""
 
 
 class ContestantError(Exception):
@@ -71,8 +72,9 @@ class Worker:
 
     def stop(self) -> None:
         """End the process and everything below it."""
-        with contextlib.suppress(ContestantError):  # it is about to be killed anyway
+        with contextlib.suppress(ContestantError, subprocess.TimeoutExpired):  # it is killed in any case
             self.order(do="stop", patience=_FAREWELL)
+            self._process.wait(_FAREWELL)  # libraries tidy up shared memory when they may end by themselves
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

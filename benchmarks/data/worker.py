@@ -53,8 +53,6 @@ def main() -> None:
         if order["do"] == "stop":
             break
     answers.close()
-    sys.stderr.flush()
-    os._exit(0)  # libraries whose threads would hold up the interpreter's end shall not hold up the others
 
 
 def measure_epoch(batches: Iterator[Any], look: bool) -> dict[str, Any]:
