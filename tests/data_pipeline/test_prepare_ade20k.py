@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -131,8 +132,13 @@ def test_another_run_keeps_the_shards_and_notices_a_changed_mask(ade: Path, caps
     before = {path: path.read_bytes() for path in out.rglob("*.tar")}
     assert _prepare(ade)[0] == 0
     assert "was complete already" in capsys.readouterr().out
+    mask = ade / "annotations" / "training" / "ADE_00000002.png"
+    mask.write_bytes(_mask(77))
+    later = (out / "train" / "shard-000000.tar").stat().st_mtime + 10
+    os.utime(mask, (later, later))
+    assert _prepare(ade)[0] == 1
+    assert f"The source of {out} has changed since that was finished" in capsys.readouterr().err
     (out / "index.json").unlink()
-    (ade / "annotations" / "training" / "ADE_00000002.png").write_bytes(_mask(77))
     assert _prepare(ade)[0] == 0
     assert [path.parent.name for path in before if path.read_bytes() != before[path]] == ["train"]
     assert verify([str(out)]) == 0

@@ -266,6 +266,24 @@ def test_restart_rows_that_are_not_those_of_the_image_are_found(
     assert _damages(capsys) == [f"damaged: train/shard-000000.tar: '{key}': {message}" for key in ("wrong", "none")]
 
 
+def test_checksums_of_restart_rows_are_compared_without_decoding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], image_file
+) -> None:
+    image, rows = restart_rows.insert(image_file(1, height=60))
+    folder = _write_set(tmp_path / "set", [[replace(_sample("rows", image), restart_rows=rows)]])
+    assert main([str(folder), "--no-decode"]) == 0
+    path = folder / "train" / "shard-000000.idx"
+    index = shard_index.load(path)
+    table = index.rows.copy()
+    table["crc32"][2] ^= 1
+    packed = shard_index.pack(index.records, list(index.keys), [table], index.header.tar_bytes, index.header.tar_sha256)
+    path.write_bytes(packed)
+    capsys.readouterr()
+    assert main([str(folder), "--no-decode"]) == 1
+    (damage,) = _damages(capsys)
+    assert damage.endswith("'rows': the restart rows in the index are not those of the image")
+
+
 def test_the_report_for_programs_says_the_same(copy: Path, tmp_path: Path, flip) -> None:
     report = tmp_path / "report.json"
     assert main([str(copy), "--json", str(report), "--jobs", "3"]) == 0
