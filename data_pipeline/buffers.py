@@ -1,7 +1,8 @@
 """Memory for batches, used again and again.
 
-Fresh memory is dear: the kernel zeroes each of its pages, which for a batch of 256 images of 224 px takes 30 to 40 ms
-of one core, more than ten times what writing into memory that was used before takes.
+Fresh memory is dear: the kernel zeroes each page when it is first touched. For a batch of 256 images of 224 px, fresh
+from torch, that is 17 ms of CPU time of 60 in a loader that resizes ready pixels. NumPy asks for huge pages, which save
+as much where the system grants them; memory that is used again does not depend on that.
 """
 
 from __future__ import annotations
