@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageOps
 
-from data_pipeline.restart_rows import RestartRows
+from data_pipeline.jpeg import parse_header
+from data_pipeline.restart_rows import RestartRows, insert
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -58,7 +59,7 @@ def by_cjpeg(pixels: Pixels, *options: str) -> bytes:
     """A JPEG by libjpeg-turbo's cjpeg, which can do more than Pillow; skips the test where that is missing."""
     path = shutil.which("cjpeg")
     if path is None:
-        pytest.skip("cjpeg is not installed (package libjpeg-turbo-progs)")
+        pytest.skip("cjpeg is not installed (package libjpeg-turbo-progs)", allow_module_level=True)
     height, width = pixels.shape[:2]
     source = b"P6 %d %d 255\n" % (width, height) + pixels.tobytes()
     return subprocess.run([path, *options], input=source, capture_output=True, check=True).stdout
@@ -115,6 +116,13 @@ def in_rows(jpeg: bytes, offsets: tuple[int, ...], log: list[range] | None = Non
     return RestartRows(offsets, read)
 
 
+def rows_inserted(jpeg: bytes) -> tuple[bytes, tuple[int, ...]]:
+    """restart_rows.insert; skips the test where it cannot run."""
+    if shutil.which("jpegtran") is None:
+        pytest.skip("jpegtran is not installed (package libjpeg-turbo-progs)")
+    return insert(jpeg)
+
+
 def boxes(height: int, width: int, count: int = 40, seed: int = 0) -> list[tuple[int, int, int, int]]:
     """(top, left, height, width): random boxes, then some that end at every kind of boundary between MCUs."""
     rng = np.random.Generator(np.random.PCG64(seed))
@@ -130,10 +138,7 @@ def boxes(height: int, width: int, count: int = 40, seed: int = 0) -> list[tuple
 
 def repeated_rows(jpeg: bytes, height: int) -> bytes:
     """A JPEG of any height from one with restart rows: its first row of MCUs again and again. Takes no memory."""
-    from data_pipeline.jpeg import parse_header
-    from data_pipeline.restart_rows import insert
-
-    data, offsets = insert(jpeg)
+    data, offsets = rows_inserted(jpeg)
     header = parse_header(data)
     head = bytearray(data[: offsets[1]])
     head[header.height_at : header.height_at + 2] = height.to_bytes(2, "big")

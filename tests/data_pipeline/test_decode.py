@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from data_pipeline import decode
 from data_pipeline.config import Decoding
 from data_pipeline.decode import DecodeError, Scratch, decode_image, open_image
-from data_pipeline.restart_rows import find_rows, insert
+from data_pipeline.restart_rows import find_rows
 from data_pipeline.transforms import resize
 
 # The fast DCT and plain chroma upsampling may move a pixel of a smooth image by this much, not more.
@@ -312,7 +312,7 @@ def test_scaled_regions_are_the_same_from_rows_and_near_to_the_resized_box(kind:
         source = jpegs.by_cjpeg(smooth, "-sample", jpegs.SAMPLINGS[kind])
     else:
         source = data.get(kind, lambda: jpegs.encoded(smooth, exif=exif))()
-    rows = jpegs.in_rows(*insert(source))
+    rows = jpegs.in_rows(*jpegs.rows_inserted(source))
     exact = decode_image(source, "exact")
     for box in [(0, 0, *exact.shape[:2]), (3, 5, 64, 64), (1, 2, 70, 66), (8, 9, 65, 65)]:
         top, left, height, width = box

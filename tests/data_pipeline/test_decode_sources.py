@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import jpegs
@@ -16,6 +17,8 @@ from data_pipeline.shards import set_index
 from data_pipeline.shards.writer import EncodedSample, write_shard
 
 pytest.importorskip("simplejpeg")
+if shutil.which("jpegtran") is None:
+    pytest.skip("jpegtran is not installed (package libjpeg-turbo-progs)", allow_module_level=True)
 
 SIZE = 32
 

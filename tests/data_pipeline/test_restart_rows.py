@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 
 import jpegs
 import numpy as np
@@ -16,6 +17,8 @@ from data_pipeline.jpeg import JpegHeader, parse_header
 from data_pipeline.restart_rows import RestartRows, cut_rows, find_rows, insert
 
 pytest.importorskip("simplejpeg")
+if shutil.which("jpegtran") is None:
+    pytest.skip("jpegtran is not installed (package libjpeg-turbo-progs)", allow_module_level=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
