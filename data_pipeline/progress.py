@@ -6,12 +6,13 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
-from data_pipeline.shards.source import DataError
-
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
-    """Show progress towards `total` on standard error; yields the function to tell of each n images (or files) done."""
+    """Show progress towards `total` on standard error; yields the function to tell of each n images (or files) done.
+
+    Without the package rich there is one line in place of the bar.
+    """
     try:
         from rich.console import Console
         from rich.progress import (
@@ -22,8 +23,10 @@ def progress_bar(what: str, total: int, unit: str = "images") -> Iterator[Callab
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
-    except ImportError as error:
-        raise DataError("The progress bar needs the package rich: pip install rich") from error
+    except ImportError:
+        print(f"{what}: {total:,} {unit} (for a progress bar: pip install rich)", file=sys.stderr)
+        yield lambda images: None
+        return
     columns = (
         TextColumn(what),
         BarColumn(),

@@ -253,6 +253,15 @@ def test_annotations_are_read_and_ids_must_be_unique_in_the_split(
     ]
 
 
+def test_a_sound_set_is_sound_without_the_optional_packages(
+    shard_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("simplejpeg", "rich.console"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert main([str(shard_folder)]) == 0
+    assert capsys.readouterr().err == "verifying: 35 images (for a progress bar: pip install rich)\n"
+
+
 def test_restart_rows_that_are_not_those_of_the_image_are_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], image_file
 ) -> None:
