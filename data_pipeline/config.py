@@ -96,10 +96,12 @@ class CacheConfig:
     """Where remote shards are kept on this node, and how they are fetched. Unused where `data.path` is a folder."""
 
     folder: str = ""
-    """A folder on the node's own disk (NVMe), shared by its ranks and by later jobs; must be set for a remote path."""
+    """A folder on the node's own disk (NVMe), shared by its ranks and by later jobs; must be set for a remote path.
+    Variables such as $TMPDIR are filled in on the node."""
 
     max_gb: float = 500.0
-    """Bytes the folder may hold, in 10^9 bytes. The shards unused for longest make room; one in use never does."""
+    """What the folder may hold, in 10^9 bytes, unfinished files included. The shards unused for longest make room; one
+    in use never does."""
 
     ahead: int = 8
     """Shards fetched ahead of need, each by a thread of its own."""
@@ -108,7 +110,8 @@ class CacheConfig:
     """Tries before a fetch fails, with growing, randomly spread pauses between them."""
 
     timeout: float = 30.0
-    """Seconds without a byte after which a try is given up."""
+    """Seconds in which an answer must begin, and each further piece of it be there (1 MiB over HTTP, up to 8 MiB from
+    other storage); else the try is given up, and the next goes on where it stopped."""
 
     def __post_init__(self) -> None:
         for name in ("ahead", "attempts"):

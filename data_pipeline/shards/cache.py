@@ -73,8 +73,11 @@ class _Entry:
 class Cache:
     """The folder, as one process sees it. All methods may be called from several threads at once."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder, self._max_bytes = folder, max_bytes
+    def __init__(self, folder: str, max_bytes: int) -> None:
+        """Environment variables in `folder` are filled in by `prepare`, which comes before all else: the machine that
+        submits a job need not have them."""
+        self._named, self._folder = folder, Path()
+        self._max_bytes = max_bytes
         self._ready = False
         self._making = threading.Lock()
         self._locked: set[int] = set()
@@ -92,6 +95,10 @@ class Cache:
         with self._making:
             if self._ready:
                 return ""
+            filled = os.path.expanduser(os.path.expandvars(self._named))
+            if "$" in filled:
+                raise DataError(f"data.cache.folder: {self._named} names an environment variable that is not set")
+            self._folder = Path(filled).absolute()
             with self._as_data_error():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with self._names():

@@ -94,7 +94,12 @@ class Fetcher:
         for piece in claim.read():
             digest.update(piece)
         if claim.length < file.size:
-            stream = self.remote.open(file.name, claim.length, file.size, attempt, cancelled)
+            try:
+                stream = self.remote.open(file.name, claim.length, file.size, attempt, cancelled)
+            except TransportError as error:
+                if error.anew:
+                    claim.restart()
+                raise
             with contextlib.closing(stream):
                 if stream.start != claim.length:  # the server knows no ranges and begins at the beginning
                     claim.restart()

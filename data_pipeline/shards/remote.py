@@ -8,7 +8,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from data_pipeline.config import CacheConfig
 from data_pipeline.shards.cache import Cache, Held, NoRoomError
@@ -35,9 +34,10 @@ class CachedRemote:
     process that was forked from the one that opened it, it begins anew and shares nothing but the cache.
     """
 
-    def __init__(self, url: str, folder: Path, config: CacheConfig) -> None:
+    def __init__(self, url: str, config: CacheConfig) -> None:
+        """Raises DataError where fsspec, or what it needs for this kind of URL, is not installed."""
         self._url, self._config = url, config
-        self._cache = Cache(folder, int(config.max_gb * 1e9))
+        self._cache = Cache(config.folder, int(config.max_gb * 1e9))
         self._fetcher: Fetcher | None = None
         self._wanted: dict[str, int] = {}
         self._begin()

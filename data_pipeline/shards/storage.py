@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import urllib.parse
 from collections.abc import Callable, Sequence
@@ -106,12 +105,9 @@ def open_storage(path: str, config: CacheConfig) -> Storage:
             f"{without_secrets(path)} is remote: set data.cache.folder to a folder on each node's own disk, where its "
             "shards are kept, and data.cache.max_gb to what that disk can give"
         )
-    folder = os.path.expanduser(os.path.expandvars(config.folder))
-    if "$" in folder:
-        raise DataError(f"data.cache.folder: {config.folder} names an environment variable that is not set")
     from data_pipeline.shards.remote import CachedRemote
 
-    return CachedRemote(path, Path(folder).absolute(), config)
+    return CachedRemote(path, config)
 
 
 class LocalFolder:

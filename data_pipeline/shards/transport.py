@@ -29,12 +29,14 @@ Result = TypeVar("Result")
 
 
 class TransportError(Exception):
-    """A try to read a file failed. `permanent`: another one would fail alike. `after`: seconds the server asks for."""
+    """A try to read a file failed. `permanent`: another one would fail alike. `after`: seconds the server asks for.
+    `anew`: what is here of the file is no part of the one that is there."""
 
-    def __init__(self, reason: str, *, permanent: bool = False, after: float = 0.0) -> None:
+    def __init__(self, reason: str, *, permanent: bool = False, after: float = 0.0, anew: bool = False) -> None:
         super().__init__(reason)
         self.permanent = permanent
         self.after = after
+        self.anew = anew
 
 
 class CalledOffError(Exception):
@@ -92,13 +94,10 @@ class Remote:
             return self._open_http(name, start, cancelled)
         piece = max(HTTP_PIECE_BYTES // 4, RANGE_PIECE_BYTES >> (attempt - 1))
 
-        def read_range(first: int) -> bytes:
-            stop = min(first + piece, end)
-            if first == stop:
-                return b""
+        def read_range(first: int, stop: int) -> bytes:
             return self._call(lambda: self._submit("cat_file", self._path(name), start=first, end=stop), cancelled)
 
-        return _Ranges(read_range, start)
+        return _Ranges(read_range, start, end, piece)
 
     def _open_http(self, name: str, start: int, cancelled: threading.Event) -> Stream:
         answer = _HttpAnswer(self._fs, self._path(name), start, self._timeout)
@@ -158,13 +157,20 @@ class Remote:
 class _Ranges:
     """A file read in ranges, one request for each."""
 
-    def __init__(self, read_range: Callable[[int], bytes], start: int) -> None:
-        self._read_range, self.start, self._at = read_range, start, start
+    def __init__(self, read_range: Callable[[int, int], bytes], start: int, end: int, piece: int) -> None:
+        """`piece`: bytes asked for at a time, up to `end`."""
+        self._read_range, self._end, self._piece = read_range, end, piece
+        self.start = self._at = start
         self.total: int | None = None
 
     def read(self) -> bytes:
-        piece = self._read_range(self._at)
+        stop = min(self._at + self._piece, self._end)
+        if self._at >= stop:
+            return b""
+        piece = self._read_range(self._at, stop)
         self._at += len(piece)
+        if self._at < stop:
+            self._end = self._at  # the file is shorter: beyond its end there is nothing to ask for
         return piece
 
     def close(self) -> None:
@@ -204,8 +210,8 @@ class _HttpAnswer:
             raise TransportError(f"there is no such file ({status})", permanent=True)
         if status in (401, 403):
             raise TransportError(f"access is denied ({status} {response.reason})", permanent=True)
-        if status == 416:  # the part that is here is no part of that file: it must be read from its beginning
-            raise TransportError("the server has no byte there (416)")
+        if status == 416:
+            raise TransportError(f"it has no byte number {self.start:,} (416)", anew=True)
         if status not in (200, 206):
             final = 300 <= status < 500 and status not in _WORTH_ANOTHER_TRY
             after = response.headers.get("Retry-After", "")

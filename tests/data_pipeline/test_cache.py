@@ -24,7 +24,7 @@ def name(number: int) -> str:
 
 
 def opened(folder: Path, max_bytes: int = 1000) -> Cache:
-    cache = Cache(folder, max_bytes)
+    cache = Cache(str(folder), max_bytes)
     assert cache.prepare() == ""
     return cache
 
@@ -76,9 +76,10 @@ def test_a_held_file_is_never_removed_by_any_process(tmp_path: Path) -> None:
     assert first is not None
     assert again is not None
     program = f"""
-from pathlib import Path
 from data_pipeline.shards.cache import Cache
-claim = Cache(Path({str(tmp_path)!r}), 1000).claim({name(4)!r}, 300, {{}}, 0)
+cache = Cache({str(tmp_path)!r}, 1000)
+cache.prepare()
+claim = cache.claim({name(4)!r}, 300, {{}}, 0)
 claim.write(bytes(300))
 claim.commit().close()
 """
@@ -156,9 +157,8 @@ def test_a_part_is_made_by_one_at_a_time_and_gone_on_with(tmp_path: Path) -> Non
 def test_the_part_of_a_killed_process_is_gone_on_with_or_makes_room(tmp_path: Path) -> None:
     program = f"""
 import os, signal
-from pathlib import Path
 from data_pipeline.shards.cache import Cache
-cache = Cache(Path({str(tmp_path)!r}), 1000)
+cache = Cache({str(tmp_path)!r}, 1000)
 cache.prepare()
 for name in ({name(1)!r}, {name(2)!r}):
     claim = cache.claim(name, 400, {{}}, 0)
@@ -262,10 +262,10 @@ def read_only(small_disk: Path) -> Iterator[Path]:
 
 def test_a_folder_that_cannot_be_written_is_a_clear_error(read_only: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.cache\.folder: .*/cache cannot be used: Read-only file system"):
-        Cache(read_only / "cache", 1000).prepare()
+        Cache(str(read_only / "cache"), 1000).prepare()
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"data\.cache\.folder: .*file cannot be used: File exists"):
-        Cache(tmp_path / "file", 1000).prepare()
+        Cache(str(tmp_path / "file"), 1000).prepare()
 
 
 def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +274,7 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(DataError, match=r"without file locks .*use a disk of the node's own"):
-        Cache(tmp_path, 1000).prepare()
+        Cache(str(tmp_path), 1000).prepare()
 
 
 @pytest.mark.parametrize(("kind", "warned"), [("ext4", False), ("tmpfs", False), ("nfs4", True), ("fuse.sshfs", True)])
@@ -282,10 +282,22 @@ def test_a_folder_on_remote_storage_is_warned_of_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, warned: bool
 ) -> None:
     monkeypatch.setattr(cache_module, "_file_system_kind", lambda folder: kind)
-    cache = Cache(tmp_path, 1000)
+    cache = Cache(str(tmp_path), 1000)
     assert bool(cache.prepare()) is warned
     assert cache.prepare() == ""
 
 
 def test_the_kind_of_a_file_system_is_found(small_disk: Path) -> None:
     assert cache_module._file_system_kind(small_disk / "cache") == "tmpfs"
+
+
+def test_variables_in_the_folder_s_name_are_filled_in_on_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache("$NODE_DISK/cache", 1000)
+    monkeypatch.delenv("NODE_DISK", raising=False)
+    with pytest.raises(DataError, match=r"data\.cache\.folder: \$NODE_DISK/cache names .* variable that is not set"):
+        cache.prepare()
+    monkeypatch.setenv("NODE_DISK", str(tmp_path))
+    cache.prepare()
+    assert cache.folder == tmp_path / "cache"

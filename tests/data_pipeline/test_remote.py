@@ -23,7 +23,7 @@ from PIL import Image
 
 from data_pipeline import build_loader
 from data_pipeline.config import CacheConfig, DataConfig
-from data_pipeline.shards import fetch, open_source, remote, set_index
+from data_pipeline.shards import fetch, open_source, remote, set_index, transport
 from data_pipeline.shards.source import DataError
 
 pytest.importorskip("aiohttp")
@@ -737,13 +737,62 @@ def test_faults_of_an_s3_server_are_retried_and_counted_by_us_alone(
         assert server.gets[f"bucket/{TAR}"] == 2
 
 
-def test_any_file_system_of_fsspec_will_do(shard_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def in_memory(shard_folder: Path) -> Iterator[Any]:
+    """fsspec's file system in memory, with the set at memory://the-set."""
     import fsspec
 
     memory = fsspec.filesystem("memory")
     memory.put(f"{shard_folder}/", "/the-set", recursive=True)
-    try:
-        with opened("memory://the-set", tmp_path / "cache") as source, opened(shard_folder, tmp_path) as local:
-            assert samples(source) == samples(local)
-    finally:
-        memory.rm("/the-set", recursive=True)
+    yield memory
+    memory.rm("/the-set", recursive=True)
+
+
+def test_any_file_system_of_fsspec_will_do(shard_folder: Path, tmp_path: Path, in_memory: Any) -> None:
+    with opened("memory://the-set", tmp_path / "cache") as source, opened(shard_folder, tmp_path) as local:
+        assert samples(source) == samples(local)
+
+
+def test_files_larger_than_a_piece_are_read_in_ranges(
+    shard_folder: Path, tmp_path: Path, in_memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "RANGE_PIECE_BYTES", 1000)
+    monkeypatch.setattr(transport, "HTTP_PIECE_BYTES", 4000)
+    with opened("memory://the-set", tmp_path / "cache") as source, opened(shard_folder, tmp_path) as local:
+        assert samples(source) == samples(local)
+
+
+def test_a_file_that_is_shorter_than_its_index_says_is_an_error_with_both_sizes(
+    shard_folder: Path, tmp_path: Path, in_memory: Any
+) -> None:
+    content = (shard_folder / TAR).read_bytes()
+    in_memory.pipe_file(f"/the-set/{TAR}", content[:1000])
+    with opened("memory://the-set", tmp_path / "cache") as source:
+        with pytest.raises(DataError, match=rf"{TAR} .*it ended after 1,000 bytes; expected are {len(content):,}"):
+            source.read(6)
+        in_memory.pipe_file(f"/the-set/{TAR}", content)  # put right: what is here is gone on with
+        source.stats()
+        assert source.read(6).key
+        assert source.stats()["fetched_bytes"] == len(content) - 1000 + (shard_folder / INDEX).stat().st_size
+
+
+def test_a_part_beyond_the_end_of_the_server_s_file_is_begun_anew(
+    shard_folder: Path, server: FaultyServer, tmp_path: Path
+) -> None:
+    size, digest = (shard_folder / TAR).stat().st_size, sha256(shard_folder / TAR)
+    (tmp_path / f"{digest}.tar.{size}.part").write_bytes(bytes(5000))
+    server.misbehave(TAR, "416")
+    with opened(server.url, tmp_path) as source:
+        assert source.read(6).key
+        assert [asked for path, asked in server.requests if path == TAR] == ["bytes=5000-", ""]
+
+
+def test_a_part_with_other_bytes_is_found_out_and_begun_anew(
+    shard_folder: Path, server: FaultyServer, tmp_path: Path
+) -> None:
+    size, digest = (shard_folder / TAR).stat().st_size, sha256(shard_folder / TAR)
+    (tmp_path / f"{digest}.tar.{size}.part").write_bytes(bytes(5000))  # such as after a power cut
+    with opened(server.url, tmp_path) as source:
+        assert source.read(6).key
+        assert [asked for path, asked in server.requests if path == TAR] == ["bytes=5000-", ""]
+        assert source.stats()["fetch_retries"] == 1

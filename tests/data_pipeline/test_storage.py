@@ -79,7 +79,6 @@ def test_a_file_s_address_says_what_it_contains_and_not_where_it_is() -> None:
     ("url", "folder", "message"),
     [
         ("https://user:pass@host/set", "", r"^https://host/set is remote: set data\.cache\.folder"),
-        ("s3://bucket/x", "/cache/$NO_SUCH_VARIABLE/x", r"data\.cache\.folder: .*variable that is not set"),
         ("nonsense://x", "/cache", r"^nonsense://x cannot be read: Protocol not known: nonsense"),
         ("dropbox://x", "/cache", r"^dropbox://x needs a package that is not installed .*dropbox"),
     ],
@@ -105,14 +104,3 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, url:
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(DataError, match=r"^\w+://\w+/x needs .* pip install 'dgt\[remote\]'$"):
         open_storage(url, CacheConfig(folder="/cache"))
-
-
-def test_variables_in_the_cache_folder_are_filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("fsspec")
-    from data_pipeline.shards.remote import CachedRemote
-
-    monkeypatch.setenv("NODE_DISK", str(tmp_path))
-    storage = open_storage("memory://x", CacheConfig(folder="$NODE_DISK/cache"))
-    assert isinstance(storage, CachedRemote)
-    assert storage._cache.folder == tmp_path / "cache"
-    assert not (tmp_path / "cache").exists()  # opening writes nothing
