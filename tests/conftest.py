@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-
 if os.environ.get("CI") == "true":  # everything is installed there: a package that is missing is a failure, not a skip
     pytest.importorskip = lambda name, *_, **__: importlib.import_module(name)  # type: ignore[assignment]
 
