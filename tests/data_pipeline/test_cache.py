@@ -75,6 +75,7 @@ def test_a_held_file_is_never_removed_by_any_process(tmp_path: Path) -> None:
     first, again = cache.hold(name(1), 300), cache.hold(name(1), 300)
     assert first is not None
     assert again is not None
+    os.utime(cache.folder / name(1), (1, 1))  # the coldest by far
     program = f"""
 from data_pipeline.shards.cache import Cache
 cache = Cache({str(tmp_path)!r}, 1000)
@@ -86,6 +87,7 @@ claim.commit().close()
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
     assert numbers(cache) == {1, 3, 4}
     first.close()
+    os.utime(cache.folder / name(1), (1, 1))
     put(cache, 5)
     assert numbers(cache) == {1, 4, 5}  # still held once
     again.close()

@@ -426,21 +426,33 @@ def test_closing_ends_fetches_under_way_and_nothing_is_left_locked(server: Fault
         assert len(samples(again)) == 24
 
 
-@pytest.mark.parametrize("ending", ["pass", "loader.close()", "raise SystemExit(0)"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "pass",
+        "source.close()",
+        "raise SystemExit(0)",
+        """
+from data_pipeline.loader import Batching, Loader
+loader = Loader(source, config, Batching(4, 0, 1, tail="drop"), train=True, seed=0)
+batches = iter(loader)
+""",
+    ],
+    ids=["end", "close", "exit", "loader"],
+)
 def test_a_consumer_that_stops_early_ends_without_a_hang_or_a_word(
     server: FaultyServer, tmp_path: Path, ending: str
 ) -> None:
     server.misbehave("train/shard-000003.tar", *["hang"] * 9)
     server.misbehave("train/shard-000000.tar", *["hang"] * 9)
     program = f"""
-from data_pipeline import build_loader
 from data_pipeline.config import CacheConfig, DataConfig
+from data_pipeline.shards import open_source
 cache = CacheConfig(folder={str(tmp_path)!r}, max_gb=1, ahead=4, timeout=300)
 config = DataConfig(path={server.url!r}, num_classes=3, image_size=16, order="block", num_threads=2, cache=cache)
-loader = build_loader(config, "train", train=True, global_batch_size=4, rank=0, world_size=1, seed=0)
-loader.source.expect([1, 0, 2, 3])
-loader.source.read(6)
-batches = iter(loader)
+source = open_source(config, "train")
+source.expect([1, 0, 2, 3])
+source.read(6)
 {ending}
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
