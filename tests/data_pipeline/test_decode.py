@@ -11,6 +11,8 @@ import jpegs
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from data_pipeline import decode
@@ -362,6 +364,27 @@ def _claims(kind: str, height: int, width: int) -> bytes:
         data[12:12] = b"VP8X" + struct.pack("<I", 10) + bytes(4) + size
         data[4:8] = struct.pack("<I", len(data) - 8)
     return bytes(data)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    kind=st.sampled_from([("PNG", "RGB"), ("PNG", "P"), ("PNG", "L"), ("WEBP", "RGB"), ("WEBP", "RGBA")]),
+    changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 8), st.binary(max_size=8)), min_size=1, max_size=3),
+)
+def test_fuzzed_files_of_other_formats_give_pixels_or_a_decode_error(
+    kind: tuple[str, str], changes: list[tuple[int, int, bytes]]
+) -> None:
+    data = bytearray(jpegs.encoded(jpegs.textured(9, 12), kind[1], kind[0]))
+    for at, length, new in changes:
+        data[at : at + length] = new
+    try:
+        if open_image(bytes(data)).stored_pixels > 1_000_000:
+            return  # a claim that decoding would take at its word, up to MAX_PIXELS
+        pixels = decode_image(bytes(data), "exact")
+    except DecodeError:
+        return
+    assert pixels.dtype == np.uint8
+    assert pixels.shape[2] == 3
 
 
 BOMBS = [("JPEG", 65000), ("PNG", 200_000), ("WebP", 16383), ("WebP lossless", 16383), ("WebP extended", 1 << 24)]
