@@ -350,7 +350,7 @@ class Claim:
 
 
 def _note_use(descriptor: int) -> None:
-    with contextlib.suppress(PermissionError):  # another user's file can be read, though its time cannot be set
+    with contextlib.suppress(OSError):  # such as of another user's file, which can be read all the same
         os.utime(descriptor)
 
 

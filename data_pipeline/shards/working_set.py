@@ -32,14 +32,15 @@ def shards_at_once(config: DataConfig, split: str, shards: int) -> int:
 def check_budget(config: DataConfig, split: str, index: SplitIndex, where: str) -> None:
     """Whether the cache of a remote set holds what is read at once; `where`: the set, for messages.
 
-    Raises DataError with the number needed where it does not; warns where nothing is left for fetching ahead.
+    Raises DataError with the number needed where it does not; warns where it does not hold as much again, which is
+    fetched ahead meanwhile.
     """
     if not len(index):
         return
     sizes = np.sort(index.tar_bytes + index.index_bytes)[::-1]
     at_once = shards_at_once(config, split, len(index))
     needed = int(sizes[:at_once].sum())
-    comfortable = int(sizes[: at_once + config.cache.ahead].sum())
+    comfortable = int(sizes[: 2 * at_once].sum())
     budget = config.cache.max_gb * 1e9
     if comfortable <= budget:
         return
@@ -50,15 +51,13 @@ def check_budget(config: DataConfig, split: str, index: SplitIndex, where: str) 
     )
     # a process that was not told of its nodes, such as one that only checks, does not know how streams are shared
     if needed > budget and ("WORLD_SIZE" in os.environ or config.canonical_nodes == 1 or config.order == "global"):
-        smaller = " or use order 'block'" if config.order == "global" else " or lower data.block_shards"
-        raise DataError(
-            f"{text}. Set it to {_gb(comfortable)}, so that {config.cache.ahead} can be fetched ahead,{smaller}"
-        )
+        otherwise = "use order 'block'" if config.order == "global" else "lower data.block_shards"
+        ahead = "so that the next ones can be fetched meanwhile"
+        raise DataError(f"{text}. Set it to {_gb(comfortable)}, {ahead}, or {otherwise}")
     logger.warning(
-        "%s, and %s GB with the %d that are fetched ahead: shards may be fetched more than once",
+        "%s, and %s GB with the next ones: the run will wait for them, or fetch some more than once",
         text,
         _gb(comfortable),
-        config.cache.ahead,
     )
 
 

@@ -620,7 +620,7 @@ def test_a_budget_without_room_to_fetch_ahead_is_a_warning(
     files = sorted(path.stat().st_size for path in (shard_folder / "train").iterdir())
     settings = config(server.url, tmp_path, max_gb=(sum(files) * 0.6) / 1e9, ahead=4)
     open_source(settings, "train").close()
-    assert "shards may be fetched more than once" in caplog.text
+    assert "the run will wait for them, or fetch some more than once" in caplog.text
 
 
 def test_a_read_for_which_there_is_no_room_ends_in_an_error_not_in_a_hang(
