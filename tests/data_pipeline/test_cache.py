@@ -303,3 +303,19 @@ def test_variables_in_the_folder_s_name_are_filled_in_on_the_node(
     monkeypatch.setenv("NODE_DISK", str(tmp_path))
     cache.prepare()
     assert cache.folder == tmp_path / "cache"
+
+
+def test_a_file_that_is_removed_while_its_lock_is_awaited_does_not_count_as_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = opened(tmp_path)
+    put(cache, 1)
+    lock = fcntl.flock
+
+    def after_a_removal(descriptor: int, how: int) -> None:
+        if how == fcntl.LOCK_SH:
+            (tmp_path / name(1)).unlink()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_a_removal)
+    assert cache.hold(name(1), 300) is None
