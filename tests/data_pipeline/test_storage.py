@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -104,3 +105,16 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, url:
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(DataError, match=r"^\w+://\w+/x needs .* pip install 'dgt\[remote\]'$"):
         open_storage(url, CacheConfig(folder="/cache"))
+
+
+def test_reading_a_folder_needs_no_package_for_remote_storage(shard_folder: Path) -> None:
+    program = f"""
+import sys
+for name in ("fsspec", "aiohttp", "s3fs"):
+    sys.modules[name] = None
+from data_pipeline.config import DataConfig
+from data_pipeline.shards import open_source
+print(len(open_source(DataConfig(path={str(shard_folder)!r}, num_classes=3), "train").read(0).image) > 0)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.stdout, ended.stderr) == ("True\n", "")
