@@ -623,6 +623,17 @@ def test_a_budget_without_room_to_fetch_ahead_is_a_warning(
     assert "the run will wait for them, or fetch some more than once" in caplog.text
 
 
+def test_a_source_lets_go_of_its_own_idle_shards_where_there_is_no_room(
+    shard_folder: Path, server: FaultyServer, tmp_path: Path
+) -> None:
+    total = sum(path.stat().st_size for path in (shard_folder / "train").iterdir())
+    # a process that knows of one node only reads the shards of both streams, and the budget is one node's
+    settings = replace(config(server.url, tmp_path / "cache", max_gb=(total * 0.6) / 1e9), canonical_nodes=2)
+    with contextlib.closing(open_source(settings, "train")) as source, opened(shard_folder, tmp_path) as local:
+        assert samples(source) == samples(local)
+        assert on_disk(tmp_path / "cache") <= total * 0.6
+
+
 def test_a_read_for_which_there_is_no_room_ends_in_an_error_not_in_a_hang(
     shard_folder: Path, server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
