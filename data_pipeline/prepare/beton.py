@@ -14,10 +14,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.util
-import json
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from collections import Counter, deque
@@ -34,9 +32,17 @@ from data_pipeline.prepare import folder
 from data_pipeline.prepare.beton_file import LARGEST_PAGE, PageTooSmallError, Stored, write_beton
 from data_pipeline.prepare.build import Outcome, record_of
 from data_pipeline.prepare.examine import CMYK, UnreadableImageError
+from data_pipeline.prepare.left_out import (
+    LEFT_OUT_FILE,
+    LeftOut,
+    nothing_left,
+    printable,
+    read_lines,
+    stopped_by,
+    to_lines,
+)
 from data_pipeline.prepare.listing import Item, Listing, mixed
 from data_pipeline.prepare.load import Loading, load
-from data_pipeline.prepare.make_shard import LeftOut, printable
 from data_pipeline.prepare.options import BuildOptions
 from data_pipeline.prepare.parallel import end_with_parent
 from data_pipeline.progress import progress_bar
@@ -116,6 +122,8 @@ def build_beton(listing: Listing, out: Path, options: BuildOptions) -> Outcome:
     """
     _require_possible(listing, options)
     try:
+        if not (out / folder.RECORD_FILE).exists():  # once `out` is claimed, other options would be refused
+            _require_space(listing, out, options)
         folder.claim(out, record_of(listing, options))
         with folder.locked(out, shared=False, whose=f"Another run is preparing {out}"):
             return _finished(listing, out, options) or _build_locked(listing, out, options)
@@ -142,6 +150,12 @@ def _import_ffcv() -> None:
         raise DataError(_WITHOUT_FFCV.format(f"does not load ({error})")) from error
 
 
+def _require_space(listing: Listing, out: Path, options: BuildOptions) -> None:
+    if options.recode.max_size is None:
+        needed = sum(item.size for items in listing.splits.values() for item in items)
+        folder.require_space(out, needed, exact=False)
+
+
 def _finished(listing: Listing, out: Path, options: BuildOptions) -> Outcome | None:
     """What a finished folder holds; None where index.json or a file is missing or is not what it was.
 
@@ -155,7 +169,7 @@ def _finished(listing: Listing, out: Path, options: BuildOptions) -> Outcome | N
             split: BetonSource(out / f"{split}{SUFFIX}", index.classes, stated)
             for split, stated in index.splits.items()
         }
-        left_out = _read_left_out(out / folder.LEFT_OUT_FILE)
+        left_out = read_lines(out / LEFT_OUT_FILE)
     except DataError:
         return None
     for split, source in sources.items():
@@ -187,25 +201,11 @@ def _bytes(image: object) -> bytes:
     return image if isinstance(image, bytes) else np.asarray(image).tobytes()
 
 
-def _read_left_out(path: Path) -> list[LeftOut]:
-    try:
-        return [LeftOut(**json.loads(line)) for line in path.read_text().splitlines()]
-    except FileNotFoundError:
-        return []
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
-
-
 def _build_locked(listing: Listing, out: Path, options: BuildOptions) -> Outcome:
     (out / set_index.FILE_NAME).unlink(missing_ok=True)
     for path in out.glob(f"{TEMPORARY_PREFIX}*"):
         path.unlink()
-    needed = sum(item.size for items in listing.splits.values() for item in items)
-    free = shutil.disk_usage(out).free
-    if options.recode.max_size is None and needed > free:
-        raise DataError(
-            f"The disk of {out} has {free / 1e9:.1f} GB free; the files need {needed / 1e9:.1f} GB or more."
-        )
+    _require_space(listing, out, options)
     _import_ffcv()
     splits: dict[str, SplitFile] = {}
     left_out: list[LeftOut] = []
@@ -218,9 +218,7 @@ def _build_locked(listing: Listing, out: Path, options: BuildOptions) -> Outcome
             left_out += build.left_out
             counts += build.counts
     index = BetonIndex(listing.classes, splits)
-    folder.write_if_changed(
-        out / folder.LEFT_OUT_FILE, b"".join(f"{json.dumps(vars(entry))}\n".encode() for entry in left_out)
-    )
+    folder.write_if_changed(out / LEFT_OUT_FILE, to_lines(left_out))
     folder.write_if_changed(out / set_index.FILE_NAME, index_to_bytes(index))
     return _outcome(index, left_out, counts, was_finished=False)
 
@@ -305,19 +303,11 @@ class _SplitBuild:
             self._done += 1
             self._advance(1)
         if len(self.left_out) == len(self._items):
-            raise DataError(
-                f"None of the {len(self.left_out)} images of the split '{self._work.split}' can be read; the first: "
-                f"{printable(self.left_out[0].path)}: {self.left_out[0].reason}."
-                if self.left_out
-                else f"The split '{self._work.split}' has no images."
-            )
+            raise nothing_left(self._work.split, self.left_out)
 
     def _leave_out(self, sample: LeftOut) -> None:
         if self._options.stop_on_error:
-            raise DataError(
-                f"{printable(sample.path)} cannot be used: {sample.reason}. Repair it, or leave such images out with "
-                "--on-error skip; then run the same command again."
-            )
+            raise stopped_by(sample.path, sample.reason)
         self.left_out.append(sample)
 
 

@@ -6,7 +6,6 @@ damaged is made again, and index.json, written last, says that all of them are t
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -16,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.prepare import folder, parts, recode
-from data_pipeline.prepare.folder import LEFT_OUT_FILE, PROGRESS_FOLDER, locked
+from data_pipeline.prepare.folder import PROGRESS_FOLDER, locked
+from data_pipeline.prepare.left_out import LEFT_OUT_FILE, LeftOut, nothing_left, read_lines, to_lines
 from data_pipeline.prepare.listing import Item, Listing, cut_evenly, cut_into_shards, mixed, source_digest
 from data_pipeline.prepare.load import Loading
-from data_pipeline.prepare.make_shard import LeftOut, ShardJob, ShardResult
+from data_pipeline.prepare.make_shard import ShardJob, ShardResult
 from data_pipeline.prepare.options import BuildOptions
 from data_pipeline.prepare.parallel import run_jobs
 from data_pipeline.shards import set_index, shard_index
@@ -30,6 +30,9 @@ from data_pipeline.shards.writer import WrittenShard, member_bytes
 
 Results = dict[str, list[tuple[str, ShardResult]]]
 """Of each split, (file name of the tar, what became of it) in order."""
+
+Cut = dict[str, list[list[Item]]]
+"""Of each split, the items of its shards in order."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,21 @@ def build(listing: Listing, out: Path, options: BuildOptions) -> Outcome:
     and where the options cannot be followed.
     """
     _require_possible(listing, options)
+    cut = _cut(listing, options)
     another = f"Another run is preparing {out}"
     try:
+        if not (out / folder.RECORD_FILE).exists():  # once `out` is claimed, other options would be refused
+            shards = parts.shards_of([shard for split in cut.values() for shard in split], options.part)
+            _require_space(out, shards, options)
         folder.claim(out, record_of(listing, options))
         with locked(out, shared=options.part is not None, whose=another):
             finished = _finished_index(out)
             if finished is not None and finished.splits.keys() != listing.splits.keys():
                 finished = None  # another set's index
             if options.part is None or finished is not None:
-                return _build_locked(listing, out, options, finished)
+                return _build_locked(listing, cut, out, options, finished)
             with locked(parts.begin(out, options.part), shared=False, whose=f"{another}, part {options.part},"):
-                return _build_locked(listing, out, options, finished)
+                return _build_locked(listing, cut, out, options, finished)
     except OSError as error:
         raise DataError(folder.why_not_used(out, error)) from error
 
@@ -106,18 +113,16 @@ def _require_possible(listing: Listing, options: BuildOptions) -> None:
         raise DataError(f"--max-size cannot be used with {listing.converter}: its targets would not fit the images.")
 
 
-def _build_locked(listing: Listing, out: Path, options: BuildOptions, finished: SetIndex | None) -> Outcome:
+def _build_locked(listing: Listing, cut: Cut, out: Path, options: BuildOptions, finished: SetIndex | None) -> Outcome:
     about = SetIndex(listing.classes, {}, listing.kind, _targets(listing))
-    plan = _plan(listing, out, options, finished)
-    jobs = [job for split in plan.values() for job in split]
-    if options.part is not None:
-        jobs = parts.shards_of(jobs, options.part)
+    plan = _plan(cut, Loading.of(listing, options.recode), out, options, finished)
+    jobs = parts.shards_of([job for split in plan.values() for job in split], options.part)
     for split in plan:
         (out / split).mkdir(exist_ok=True)
         own = {job.path.stem for job in jobs if job.path.parent.name == split}
         _remove_unfinished(out / split, own if options.part else None)
     missing = [job for job in jobs if not job.path.with_suffix(shard_index.SUFFIX).exists()]
-    _require_space(out, missing)
+    _require_space(out, [job.items for job in missing], options)
     processes = 1 if finished and not missing else options.jobs  # looking at what is there is quick
     results = dict(zip((job.path for job in jobs), run_jobs(jobs, processes), strict=True))
     made: Results = {
@@ -146,15 +151,13 @@ def _conclude(out: Path, about: SetIndex, results: Results, finished: bool = Fal
     `about` is the index as far as it is known without them.
     """
     index = _set_index(about, results)
+    outcome = _outcome(index, results, finished)
     for split, part in index.splits.items():
         if part.total == 0:
-            raise DataError(
-                f"None of the {part.left_out} images of the split '{split}' can be read; see the files above."
-            )
+            raise nothing_left(split, outcome.left_out)
     for split, shards in results.items():
         _remove_leftover_shards(out / split, {name for name, _ in shards})
-    outcome = _outcome(index, results, finished)
-    folder.write_if_changed(out / LEFT_OUT_FILE, b"".join(_report_line(entry) for entry in outcome.left_out))
+    folder.write_if_changed(out / LEFT_OUT_FILE, to_lines(outcome.left_out))
     folder.write_if_changed(out / set_index.FILE_NAME, set_index.to_bytes(index))
     _remove_progress(out)
     return outcome
@@ -192,11 +195,7 @@ def _look_at_finished(out: Path, index: SetIndex) -> Outcome:
         for name, samples, tar_bytes, index_bytes, sha256 in zip(*columns, strict=True):
             shard = WrittenShard(int(samples), int(tar_bytes), int(index_bytes), sha256)
             parts.require_shard(out / split / name, shard, "Run the command without --merge to make it again")
-    path = out / LEFT_OUT_FILE
-    try:
-        entries = [LeftOut(**json.loads(line)) for line in path.read_bytes().splitlines()] if path.exists() else []
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}). Run the command without --merge to write it again.") from error
+    entries = read_lines(out / LEFT_OUT_FILE)
     _remove_progress(out)
     return Outcome(index, entries, 0, sum(len(part) for part in index.splits.values()), 0, {}, 0, was_finished=True)
 
@@ -206,11 +205,12 @@ def _remove_progress(out: Path) -> None:
         shutil.rmtree(out / PROGRESS_FOLDER)
 
 
-def _plan(listing: Listing, out: Path, options: BuildOptions, finished: SetIndex | None) -> dict[str, list[ShardJob]]:
+def _plan(
+    cut: Cut, loading: Loading, out: Path, options: BuildOptions, finished: SetIndex | None
+) -> dict[str, list[ShardJob]]:
     """The shards of every split; raises DataError where a finished output has more or fewer of them."""
     plan = {}
-    loading = Loading.of(listing, options.recode)
-    for split, shards in _cut(listing, options).items():
+    for split, shards in cut.items():
         digests = finished.splits[split].sha256 if finished else (None,) * len(shards)
         if len(digests) != len(shards):  # the images' sizes decide on it
             raise DataError(
@@ -231,7 +231,7 @@ def _plan(listing: Listing, out: Path, options: BuildOptions, finished: SetIndex
     return plan
 
 
-def _cut(listing: Listing, options: BuildOptions) -> dict[str, list[list[Item]]]:
+def _cut(listing: Listing, options: BuildOptions) -> Cut:
     """The items of every split, mixed and cut into shards."""
     if options.num_shards is None:
         return {split: cut_into_shards(mixed(items), options.shard_size) for split, items in listing.splits.items()}
@@ -288,17 +288,8 @@ def _remove_leftover_shards(directory: Path, names: set[str]) -> None:
             path.unlink()
 
 
-def _require_space(out: Path, jobs: list[ShardJob]) -> None:
+def _require_space(out: Path, shards: list[list[Item]], options: BuildOptions) -> None:
     """How small images become is known only when they are; without --max-size, the tars' size is known to the byte."""
-    known = not jobs or jobs[0].loading.recode.max_size is None
-    needed = sum(member_bytes(item.size if known else 0) for job in jobs for item in job.items)
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise DataError(
-            f"The disk of {out} has {free / 1e9:.1f} GB free; the shards need {'' if known else 'more than '}"
-            f"{needed / 1e9:.1f} GB."
-        )
-
-
-def _report_line(entry: LeftOut) -> bytes:
-    return (json.dumps({"split": entry.split, "path": entry.path, "reason": entry.reason}) + "\n").encode()
+    known = options.recode.max_size is None
+    needed = sum(member_bytes(item.size if known else 0) for items in shards for item in items)
+    folder.require_space(out, needed, exact=known)

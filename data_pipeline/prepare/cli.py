@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -23,9 +24,8 @@ from data_pipeline.prepare import (
 )
 from data_pipeline.prepare.beton import build_beton
 from data_pipeline.prepare.build import Outcome, build, merge
-from data_pipeline.prepare.folder import LEFT_OUT_FILE
+from data_pipeline.prepare.left_out import LEFT_OUT_FILE, printable
 from data_pipeline.prepare.listing import Listing
-from data_pipeline.prepare.make_shard import printable
 from data_pipeline.prepare.options import BuildOptions
 from data_pipeline.shards.source import DataError
 
@@ -99,15 +99,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return EXIT_ERROR
     except OSError as error:
-        print(f"error: {printable(str(error.filename))} cannot be read: {error.strerror}.", file=sys.stderr)
+        what = f"{error.filename} cannot be read: " if error.filename else ""
+        print(f"error: {printable(what)}{error.strerror or error}.", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         kept = "it starts over" if chosen.format == "ffcv" else "finished shards are kept"
         print(f"interrupted; run the same command again to continue: {kept}.", file=sys.stderr)
         return EXIT_INTERRUPTED
-    if listing is not None:
-        _print_passed_over(listing)
-    _print_summary(arguments.out, chosen, outcome, time.monotonic() - started)
+    try:
+        if listing is not None:
+            _print_passed_over(listing)
+        _print_summary(arguments.out, chosen, outcome, time.monotonic() - started)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read it has gone, as `head` does; Python flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     # A part that is done is one that Slurm's afterok waits for; what it left out, the merge reports.
     return EXIT_LEFT_OUT if outcome.left_out and chosen.part is None else EXIT_DONE
 
@@ -138,7 +143,7 @@ def _print_passed_over(listing: Listing) -> None:
 
 
 def _print_summary(out: Path, chosen: BuildOptions, outcome: Outcome, seconds: float) -> None:
-    _print_some("left out", [f"{printable(entry.path)}: {printable(entry.reason)}" for entry in outcome.left_out])
+    _print_some("left out", [str(entry) for entry in outcome.left_out])
     if outcome.was_finished:
         print(f"{out} was complete already; nothing was done.")
     part = f"part {chosen.part}: " if chosen.part and not outcome.was_finished else ""

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,6 @@ from data_pipeline.shards.files import TEMPORARY_PREFIX, atomic_write, sync_fold
 from data_pipeline.shards.source import DataError
 
 RECORD_FILE = "prepare.json"
-LEFT_OUT_FILE = "left_out.jsonl"
 PROGRESS_FOLDER = ".progress"
 """What runs in progress know about finished shards; deleted when the set is complete."""
 
@@ -117,6 +117,20 @@ def _open_to_lock(path: Path, more: int) -> int:
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # a finished set that may only be read
+
+
+def require_space(out: Path, needed: int, exact: bool) -> None:
+    """Raises DataError where the disk of `out`, which need not be there yet, has less than `needed` bytes free.
+
+    `exact`: the number is that of the files to be written, and not the least that they can take.
+    """
+    there = next((path for path in (out, *out.absolute().parents) if path.exists()), out)
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise DataError(
+            f"The disk of {out} has {free / 1e6:,.1f} MB free; {'' if exact else 'more than '}{needed / 1e6:,.1f} MB "
+            "are needed."
+        )
 
 
 def create_once(path: Path, content: bytes) -> None:

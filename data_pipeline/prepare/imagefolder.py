@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from data_pipeline.prepare.listing import Item, Listing, SourceFiles, hold_out, unique_keys
+from data_pipeline.prepare import options
+from data_pipeline.prepare.listing import SPLIT_NAME, SPLIT_RULE, Item, Listing, SourceFiles, hold_out, unique_keys
 from data_pipeline.shards.source import DataError
 
 NAME = "imagefolder"
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     layout.add_argument(
         "--val-fraction",
-        type=float,
+        type=options.checked(options.held_out),
         metavar="F",
         help="SRC holds one folder per class: hold out this part of each, such as 0.1, as the split val",
     )
@@ -87,8 +88,7 @@ def list_image_folder(source: Path, splits: Sequence[str] | None, val_fraction: 
     if val_fraction is not None:
         classes = _class_folders(source, source, passed_over)
         train, val = held_out(_items(source, source, classes, passed_over), val_fraction, source)
-        options = {"val_fraction": str(val_fraction)}
-        return _listing(source, options, classes, {"train": train, "val": val}, passed_over)
+        return _listing(source, {"val_fraction": str(val_fraction)}, classes, {"train": train, "val": val}, passed_over)
     names = list(splits) if splits else ["train", "val"]
     _require_splits(source, names, chosen=bool(splits))
     by_split = {split: _class_folders(source, source / split, passed_over) for split in names}
@@ -101,7 +101,7 @@ def list_image_folder(source: Path, splits: Sequence[str] | None, val_fraction: 
 
 
 def _listing(
-    source: Path, options: dict[str, str], classes: list[str], splits: dict[str, list[Item]], passed_over: _PassedOver
+    source: Path, chosen: dict[str, str], classes: list[str], splits: dict[str, list[Item]], passed_over: _PassedOver
 ) -> Listing:
     first = next(iter(splits))
     for split, items in splits.items():
@@ -116,7 +116,7 @@ def _listing(
         )
     read = functools.partial(read_file, source)
     kinds = dict(sorted(passed_over.kinds.items()))
-    return Listing(NAME, options, tuple(classes), splits, read, kinds, tuple(passed_over.outside))
+    return Listing(NAME, chosen, tuple(classes), splits, read, kinds, tuple(passed_over.outside))
 
 
 def read_file(source: Path, item: Item) -> SourceFiles:
@@ -128,6 +128,8 @@ def _require_splits(source: Path, names: list[str], chosen: bool) -> None:
     for name in names:
         if name != Path(name).name or name.startswith("."):
             raise DataError(f"'{name}' is no name of a split: give the plain names of folders in {source}.")
+        if not SPLIT_NAME.fullmatch(name):
+            raise DataError(f"The folder {name!r} in {source} can be no split: {SPLIT_RULE}. Rename it.")
     missing = [name for name in names if not (source / name).is_dir()]
     if not missing:
         return
@@ -199,12 +201,19 @@ def _walk(folder: Path, passed_over: _PassedOver) -> Iterator[os.DirEntry[str]]:
         for entry in found:
             if entry.name.startswith("."):
                 passed_over.kinds["hidden"] += 1
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 pending.append(entry.path)
-            elif _is_image(entry.name) and (entry.is_file() or not os.path.exists(entry.path)):
+            elif _is_image(entry.name) and (not os.path.exists(entry.path) or entry.is_file()):
                 yield entry  # a link that leads nowhere too: reading it fails later, and is reported then
             else:
                 passed_over.note(entry.name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _extension(name: str) -> str:
@@ -218,15 +227,13 @@ def _is_image(name: str) -> bool:
 def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, float]:
     try:
         status = entry.stat()
-    except FileNotFoundError:
+    except OSError:  # a link that leads nowhere, or to itself; reading it says which
         return 0, 0.0
     return status.st_size, status.st_mtime
 
 
 def held_out(items: list[Item], fraction: float, source: Path) -> tuple[list[Item], list[Item]]:
     """(To train on, held out) by --val-fraction; raises DataError where that leaves nothing for one of them."""
-    if not 0 < fraction < 1:
-        raise DataError(f"--val-fraction must lie between 0 and 1, not {fraction}.")
     if not items:
         raise DataError(f"{source} holds no images ({_LOOKED_FOR}).")
     count = round(fraction * len(items))

@@ -15,6 +15,9 @@ from data_pipeline.shards.writer import member_bytes
 
 Kind = Literal["classification", "segmentation", "detection"]
 
+SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
+SPLIT_RULE = "a split's name has letters, digits, '_' and '-' only"
+
 _UNSAFE_IN_KEY = re.compile(r"[.\\\x00-\x1f\x7f\ud800-\udfff]")
 _DATA_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipeline.prepare.examine import UnreadableImageError
 from data_pipeline.prepare.folder import why_not_written
+from data_pipeline.prepare.left_out import LeftOut, stopped_by
 from data_pipeline.prepare.listing import Item
 from data_pipeline.prepare.load import Loaded, Loading, checksum, load, read_files, usable
 from data_pipeline.prepare.notes import Note, SourceDigest, read_note, source_now
@@ -40,15 +41,6 @@ class ShardJob:
 
     note: Path
     """Where an unfinished run remembers what it knows about this shard."""
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """An image that could not be read."""
-
-    split: str
-    path: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -94,10 +86,7 @@ class _Reading:
         finally:
             self.digest.add(item, crc32)
         if self.job.stop_on_error:
-            raise DataError(
-                f"{printable(item.name)} cannot be used: {reason}. Repair it, or leave such images out with "
-                "--on-error skip; then run the same command again (finished shards are kept)."
-            )
+            raise stopped_by(item.name, reason)
         self.left_out.append(LeftOut(self.job.path.parent.name, item.name, reason))
         return None
 
@@ -229,8 +218,3 @@ def _crc32s_now(job: ShardJob, item: Item) -> tuple[int, int] | None:
     except UnreadableImageError:
         return None
     return zlib.crc32(files.image), zlib.crc32(files.target or b"")
-
-
-def printable(name: str) -> str:
-    """A file name as text that every terminal takes (names need not be valid UTF-8)."""
-    return name.encode(errors="backslashreplace").decode()

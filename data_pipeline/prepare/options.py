@@ -106,14 +106,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cut = shards.add_mutually_exclusive_group()
     cut.add_argument(
         "--shard-size",
-        type=_checked(ShardSize.parse),
+        type=checked(ShardSize.parse),
         metavar="SIZE",
         help="the largest shard: samples (10000) or bytes (64MB, 256MiB) of the images as the source holds them; "
         f"default {_DEFAULT_SHARD_SIZE}",
     )
     cut.add_argument(
         "--num-shards",
-        type=_checked(_count),
+        type=checked(count),
         metavar="N",
         help="cut the largest split into N shards, and the others into shards about as large",
     )
@@ -126,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shards.add_argument(
         "--raw-fraction",
-        type=_checked(_fraction),
+        type=checked(_fraction),
         metavar="F",
         help="with --format ffcv: hold this part of the images, 0 to 1, as pixels, which need no decoding and several "
         "times the bytes; default 0",
@@ -134,14 +134,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("images")
     images.add_argument(
         "--max-size",
-        type=_checked(_count),
+        type=checked(count),
         metavar="PIXELS",
         help="make an image whose shorter side is longer than this smaller, so that it is this long (exact decoding, "
         "upright, Lanczos), and encode it as JPEG; without it, and where an image is small enough, bytes are copied",
     )
     images.add_argument(
         "--quality",
-        type=_checked(_quality),
+        type=checked(_quality),
         metavar="Q",
         help=f"of the JPEGs that --max-size makes, 1 to 100; default {DEFAULT_QUALITY}",
     )
@@ -161,7 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("work")
     work.add_argument(
         "--jobs",
-        type=_checked(_count),
+        type=checked(count),
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes; default: the %(default)s cores this program may use",
@@ -169,7 +169,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     share = work.add_mutually_exclusive_group()
     share.add_argument(
         "--part",
-        type=_checked(Part.parse),
+        type=checked(Part.parse),
         metavar="I/N",
         help="make only part I of N, such as 3/16; the parts may run at the same time, on any nodes that share DIR",
     )
@@ -202,7 +202,7 @@ def from_arguments(arguments: argparse.Namespace) -> BuildOptions:
     )
 
 
-def _checked(parse: Callable[[str], _T]) -> Callable[[str], _T]:
+def checked(parse: Callable[[str], _T]) -> Callable[[str], _T]:
     """`parse`, whose ValueError argparse then shows as it is."""
 
     def parse_argument(text: str) -> _T:
@@ -214,10 +214,18 @@ def _checked(parse: Callable[[str], _T]) -> Callable[[str], _T]:
     return parse_argument
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """Read a whole number from 1 on; raises ValueError saying what is wrong."""
     if not re.fullmatch(r"0*[1-9]\d{0,8}", text):
         raise ValueError(f"'{text}' is no number of 1 or more")
     return int(text)
+
+
+def held_out(text: str) -> float:
+    """Read the part of each class that --val-fraction holds out; raises ValueError saying what is wrong."""
+    if not re.fullmatch(r"\d*\.?\d+", text) or not 0 < float(text) < 1:
+        raise ValueError(f"'{text}' is no part to hold out; give a number between 0 and 1, such as 0.1")
+    return float(text)
 
 
 def _fraction(text: str) -> float:

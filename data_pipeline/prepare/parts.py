@@ -14,16 +14,18 @@ import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_pipeline.prepare.folder import PROGRESS_FOLDER, create_once, json_bytes, write_if_changed
-from data_pipeline.prepare.make_shard import LeftOut, ShardJob, ShardResult
+from data_pipeline.prepare.left_out import LeftOut
+from data_pipeline.prepare.make_shard import ShardResult
 from data_pipeline.prepare.options import Part
 from data_pipeline.shards import shard_index
 from data_pipeline.shards.source import DataError
 from data_pipeline.shards.writer import WrittenShard
 
 _SHOWN = 20
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class Merged:
     """Of each split, (file name, result) of all shards in order."""
 
 
-def shards_of(jobs: list[ShardJob], part: Part) -> list[ShardJob]:
-    """The shards that a part makes."""
-    return jobs[part.number - 1 :: part.of]
+def shards_of(shards: list[_T], part: Part | None) -> list[_T]:
+    """Those of all shards that a part makes; all of them, where the work is not divided."""
+    return shards if part is None else shards[part.number - 1 :: part.of]
 
 
 def begin(out: Path, part: Part) -> Path:

@@ -14,8 +14,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_pipeline.prepare import options
 from data_pipeline.prepare.imagefolder import held_out
-from data_pipeline.prepare.listing import Item, Listing, unique_keys
+from data_pipeline.prepare.listing import SPLIT_NAME, SPLIT_RULE, Item, Listing, unique_keys
 from data_pipeline.prepare.tar_items import in_threads, is_image, read_item, some
 from data_pipeline.prepare.tar_members import Member, list_members, read_member
 from data_pipeline.prepare.webdataset_samples import (
@@ -29,12 +30,13 @@ from data_pipeline.prepare.webdataset_samples import (
     image_of,
     label_of,
 )
+from data_pipeline.shards import set_index
 from data_pipeline.shards.source import DataError
 
 NAME = "webdataset"
 HELP = "existing WebDataset tars: cut anew, mixed and indexed"
 
-_SPLIT_AND_PATTERN = re.compile(r"([A-Za-z0-9_-]+)=(.+)")
+_SPLIT_AND_PATTERN = re.compile(rf"({SPLIT_NAME.pattern})=(.+)")
 
 _EPILOG = """\
 examples:
@@ -48,8 +50,9 @@ member b.jpg of the sample a. A sample's image is the member whose extension end
 one without a further dot (jpg beside seg.png), or the one that --image-key names. Other members are left behind.
 
 The label is the sample's .cls, or the field --label-key of its .json: a number from 0 on, or a name of --classes FILE
-(a name per line). Without that file the classes are named 0, 1, ... up to the largest number. A sample without an image
-or a label is left out and reported. Where a key comes again, in the same tar or in another one, the later sample gets
+(a name per line). Without that file the names are those of SRC/index.json, where SRC is a folder that was prepared
+here, and 0, 1, ... up to the largest number elsewhere. A sample without an image or a label is left out and reported.
+Where a key comes again, in the same tar or in another one, the later sample gets
 "~2" at its end. Compressed tars have to be decompressed first.
 """
 
@@ -66,7 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         help="a folder of tars, or of folders of tars, one per split; or tars and patterns; or SPLIT=PATTERN for each",
     )
-    parser.add_argument("--val-fraction", type=float, metavar="F", help="hold out this part of each class as val")
+    parser.add_argument(
+        "--val-fraction",
+        type=options.checked(options.held_out),
+        metavar="F",
+        help="hold out this part of each class as val",
+    )
     parser.add_argument("--image-key", metavar="EXT", help="the image's extension, such as jpg; default: what ends so")
     parser.add_argument("--label-key", metavar="FIELD", help="the label's field in .json; default: the label is .cls")
     parser.add_argument(
@@ -108,8 +116,10 @@ class _Tar:
 def list_source(arguments: argparse.Namespace) -> Listing:
     """The samples of the tars. Raises DataError where there are none, or where none of a split's can be used."""
     by_split = _tars(arguments.sources)
+    if arguments.val_fraction is not None and list(by_split) != ["train"]:
+        raise DataError(f"--val-fraction is for one split; here are {' and '.join(by_split)}.")
     _require_outside(arguments.out, [path for paths in by_split.values() for path in paths])
-    names = _read_classes(arguments.classes) if arguments.classes else None
+    names = _read_classes(arguments.classes) if arguments.classes else _prepared_classes(arguments.sources)
     numbers = None if names is None else {name: number for number, name in enumerate(names)}
     image_key = arguments.image_key.lower().removeprefix(".") if arguments.image_key else None
     reading = _Reading(image_key, arguments.label_key, numbers)
@@ -122,10 +132,8 @@ def list_source(arguments: argparse.Namespace) -> Listing:
             ignored.update(tar.left_behind)
         warnings += _warnings(split, tars, splits[split])
     if arguments.val_fraction is not None:
-        if list(splits) != ["train"]:
-            raise DataError(f"--val-fraction is for one split; here are {' and '.join(splits)}.")
         splits["train"], splits["val"] = held_out(splits["train"], arguments.val_fraction, Path(arguments.sources[0]))
-    options = {
+    chosen = {
         "val_fraction": str(arguments.val_fraction or "not given"),
         "image_key": image_key or "not given",
         "label_key": arguments.label_key or "not given",
@@ -133,7 +141,7 @@ def list_source(arguments: argparse.Namespace) -> Listing:
     classes = names or _numbered(splits)
     warnings += _unused(classes, splits)
     counted = dict(sorted(ignored.items()))
-    return Listing(NAME, options, classes, splits, read_item, counted, warnings=tuple(warnings))
+    return Listing(NAME, chosen, classes, splits, read_item, counted, warnings=tuple(warnings))
 
 
 def _tars(sources: list[str]) -> dict[str, list[str]]:
@@ -158,6 +166,11 @@ def _split_folders(source: str) -> dict[str, list[str]]:
     names = [name for name in os.listdir(source) if not name.startswith(".")]
     found = {name: glob.glob(os.path.join(glob.escape(source), glob.escape(name), "*.tar")) for name in names}
     splits = {name: found[name] for name in sorted(names, key=_train_first) if found[name]}
+    strange = [name for name in splits if not SPLIT_NAME.fullmatch(name)]
+    if strange:
+        raise DataError(
+            f"The folder {strange[0]!r} in {source} can be no split: {SPLIT_RULE}. Say --src SPLIT=PATTERN."
+        )
     if splits and glob.glob(os.path.join(glob.escape(source), "*.tar")):
         raise DataError(
             f"{source} holds tars, and folders of tars ({some(splits)}). Say which are which split: "
@@ -176,7 +189,7 @@ def _matching(pattern: str) -> list[str]:
     else:
         found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern)
     if not found:
-        raise DataError(f"There is no tar {pattern}.")
+        raise DataError(f"There is no tar {'in ' if os.path.isdir(pattern) else ''}{pattern}.")
     return found
 
 
@@ -197,6 +210,16 @@ def _read_classes(path: Path) -> tuple[str, ...]:
         what = f"has the line '{twice[0]}' more than once, or empty" if twice else "is empty"
         raise DataError(f"{path} {what}: it should hold one class per line.")
     return names
+
+
+def _prepared_classes(sources: list[str]) -> tuple[str, ...] | None:
+    """The classes' names, where the source is a folder that was prepared here."""
+    if len(sources) != 1 or not os.path.isfile(os.path.join(sources[0], set_index.FILE_NAME)):
+        return None
+    try:
+        return set_index.load(Path(sources[0])).classes
+    except DataError:  # another program's file of that name
+        return None
 
 
 def _list_tar(reading: _Reading, path: str) -> _Tar:
@@ -270,7 +293,10 @@ def _warnings(split: str, tars: list[_Tar], items: list[Item]) -> list[str]:
     again = len(items) - len(keys)
     if again:
         repeated = [key for key, count in keys.items() if count > 1]
-        warnings.append(f"{split}: {again:,} samples have a key that came before ({some(repeated)}); it gets '~2' ...")
+        warnings.append(
+            f"{split}: {again:,} samples have a key that came before ({some(repeated)}): the later ones get '~2' at "
+            "its end."
+        )
     return warnings
 
 

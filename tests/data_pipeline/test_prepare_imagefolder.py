@@ -449,17 +449,6 @@ def test_a_full_disk_is_said_in_one_sentence_and_loses_nothing(
     assert _contents(tmp_path / "out") == _contents(shard_folder)
 
 
-def test_too_little_space_is_said_before_anything_is_written(
-    shard_source: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from data_pipeline.prepare import build
-
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: type("usage", (), {"free": 10_000}))
-    assert _prepare(shard_source, tmp_path / "out") == 1
-    assert "0.0 GB free; the shards need" in capsys.readouterr().err
-    assert list((tmp_path / "out").rglob("*.tar")) == []
-
-
 def test_no_permission_to_write_is_said_in_one_sentence(
     shard_source: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

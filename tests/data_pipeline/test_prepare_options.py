@@ -307,7 +307,7 @@ def test_a_disk_that_fills_up_is_said_in_one_sentence_and_the_work_goes_on_when_
 ) -> None:
     source = image_tree(tmp_path / "source", {"train": {"cat": 40}, "val": {"cat": 2}})
     out, filler = small_disk / "out", small_disk / "filler"
-    monkeypatch.setattr(build, "_require_space", lambda out, jobs: None)  # as where others fill the disk meanwhile
+    monkeypatch.setattr(build, "_require_space", lambda *arguments: None)  # as where others fill the disk meanwhile
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 24 * 4096))
     assert _prepare(source, out, "--shard-size", "5") == 1
     printed = capsys.readouterr().err.splitlines()[-1]
