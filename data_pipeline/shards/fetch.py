@@ -84,7 +84,8 @@ class Fetcher:
                     raise DataError(f"{shown} cannot be fetched: {error}{tries}") from None
                 self.counts.add("fetch_retries")
                 pause = pause_before(attempt, error.after, draw)
-                logger.warning("%s: %s; try %d of %d in %.1f s", shown, error, attempt + 1, self.attempts, pause)
+                # as text: a record that is kept would keep the error, its frames, and with them shards in use
+                logger.warning("%s: %s; try %d of %d in %.1f s", shown, str(error), attempt + 1, self.attempts, pause)
                 if cancelled.wait(pause):
                     raise CalledOffError from None
         raise AssertionError("attempts is at least 1")

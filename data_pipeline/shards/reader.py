@@ -248,11 +248,11 @@ class TarSource:
         where = self._storage.shown(tar.name)
         with contextlib.ExitStack() as undo:
             held = []
-            for file in (tar, index):
+            for file in (index, tar):  # the small one first: who waits for room in a cache keeps little of it
                 held.append(self._storage.hold(file, self._let_go))
                 undo.callback(held[-1].close)
             try:
-                shard = _OpenShard(where, *held)
+                shard = _OpenShard(where, held[1], held[0])
             except (OSError, ValueError) as error:
                 raise DataError(
                     f"shard {where} cannot be used: {error}. Copy it anew, or run the prepare command that made it "

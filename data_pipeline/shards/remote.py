@@ -134,7 +134,7 @@ class CachedRemote:
         except CalledOffError:
             return
         except DataError as error:
-            logger.info("not fetched ahead, and to be tried again when it is read: %s", error)
+            logger.info("not fetched ahead, and to be tried again when it is read: %s", str(error))
 
     def _fetch_file_ahead(self, file: SetFile) -> None:
         rank = self._wanted.get(file.address)

@@ -115,6 +115,7 @@ class Remote:
         except Exception as error:  # what storage libraries raise has no common type
             if isinstance(error, RuntimeError) and "shutdown" in str(error):
                 raise CalledOffError from None  # the interpreter ends: asyncio starts no more threads
+            error.__traceback__ = None  # asyncio's frames lead back to the error, and from it to all callers' frames
             raise self._explained(error) from None  # the original's text and traceback may hold the URL's secrets
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> concurrent.futures.Future[Result]:
@@ -232,7 +233,11 @@ class _HttpAnswer:
     async def take(self) -> bytes:
         """The next piece. What came before an error is returned first."""
         if self._failed is not None:
-            raise self._failed
+            failed, self._failed = self._failed, None
+            try:
+                raise failed
+            finally:
+                del failed  # see _wait
         pieces: list[bytes] = []
         missing, deadline = HTTP_PIECE_BYTES, time.monotonic() + self._timeout
         try:
@@ -299,19 +304,24 @@ def _file_system(url: str, timeout: float) -> tuple[Any, str]:
 
 
 def _wait(future: concurrent.futures.Future[Result], cancelled: threading.Event, timeout: float) -> Result:
+    """The result of a future. No frame of an error's traceback may lead back to the error: the frames of all callers
+    would live, and keep shards open, until the garbage collector comes by."""
     deadline = time.monotonic() + timeout
-    while True:
-        try:
-            return future.result(_POLL_SECONDS)
-        except concurrent.futures.TimeoutError:
-            if future.done():
-                raise  # the work itself ran out of time
-            if cancelled.is_set():
-                future.cancel()
-                raise CalledOffError from None
-            if time.monotonic() >= deadline:
-                future.cancel()
-                raise
+    try:
+        while True:
+            try:
+                return future.result(_POLL_SECONDS)
+            except concurrent.futures.TimeoutError:
+                if future.done():
+                    raise  # the work itself ran out of time
+                if cancelled.is_set():
+                    future.cancel()
+                    raise CalledOffError from None
+                if time.monotonic() >= deadline:
+                    future.cancel()
+                    raise
+    finally:
+        del future
 
 
 def _in_thread(work: Callable[[], Result]) -> concurrent.futures.Future[Result]:
@@ -324,7 +334,7 @@ def _in_thread(work: Callable[[], Result]) -> concurrent.futures.Future[Result]:
         try:
             future.set_result(work())
         except BaseException as error:
-            future.set_exception(error)
+            future.set_exception(error.with_traceback(None))
 
     threading.Thread(target=run, name="storage call", daemon=True).start()
     return future
