@@ -66,9 +66,13 @@ class Remote:
         self._fs, self._root = _file_system(url, timeout)
         parts = urllib.parse.urlsplit(url.rpartition("::")[2])
         self._is_http = parts.scheme in ("http", "https")
-        user = parts.netloc.rpartition("@")[0]
-        secrets = {parts.query, user, parts.password or ""}
-        self._secrets = [text for secret in secrets for text in {secret, urllib.parse.unquote(secret)} if text]
+        values = [value for _, value in urllib.parse.parse_qsl(parts.query)]
+        secrets = {parts.query, parts.netloc.rpartition("@")[0], parts.password or "", parts.username or "", *values}
+        texts = {
+            text for secret in secrets for text in (secret, urllib.parse.unquote(secret), urllib.parse.quote(secret))
+        }
+        # the longest first, because they hold others; a shorter one than this is no secret, and part of many words
+        self._secrets = sorted((text for text in texts if len(text) > 3), key=len, reverse=True)
 
     def shown(self, name: str) -> str:
         """The URL of a file of the set, for messages."""

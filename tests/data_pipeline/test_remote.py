@@ -838,3 +838,12 @@ def test_a_part_with_other_bytes_is_found_out_and_begun_anew(
         assert source.read(6).key
         assert [asked for path, asked in server.requests if path == TAR] == ["bytes=5000-", ""]
         assert source.stats()["fetch_retries"] == 1
+
+
+def test_a_library_s_error_is_told_without_the_url_s_secrets() -> None:
+    url = "https://annabel:pass%20word@host/set?sig=sEcReT%2Fx"
+    failing = transport.Remote(url, 1.0)
+    told = str(failing._explained(OSError(f"cannot reach {url} as annabel with 'pass word' and sig=sEcReT/x")))
+    assert told.startswith("OSError: cannot reach https://")
+    for secret in ("annabel", "pass", "word", "sEcReT"):
+        assert secret not in told
