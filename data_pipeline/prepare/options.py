@@ -149,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--restart-rows",
         action="store_true",
         help="put a restart marker after every row of blocks of each JPEG, so that training decodes only the rows that "
-        "a crop needs; jpegtran does it without decoding: no pixel changes, and hardly the size (150 photographs: +0.1 %%)",
+        "a crop needs; jpegtran does it without decoding: no pixel changes, and hardly the size (photographs: +0.1 %%)",
     )
     images.add_argument(
         "--on-error",
