@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from servers import FaultyServer, serving
 
 ImageFile = Callable[..., bytes]
 ImageTree = Callable[..., Path]
@@ -81,3 +82,34 @@ def flip() -> Callable[[Path, int], None]:
         path.write_bytes(data)
 
     return flip_bit
+
+
+@pytest.fixture(scope="session")
+def large_set(image_tree: ImageTree, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 classes, one training shard of about 2 MB: more than a connection has under way."""
+    from data_pipeline.prepare import main
+
+    folder = tmp_path_factory.mktemp("large")
+    images = image_tree(folder / "images", {"train": {"a": 2, "b": 1, "c": 1}, "val": {"a": 1, "b": 1, "c": 1}})
+    noise = np.random.Generator(np.random.PCG64(0))
+    for path in (images / "train").rglob("*.jpg"):
+        Image.fromarray(noise.integers(0, 256, (600, 800, 3), dtype=np.uint8)).save(path, quality=95)
+    assert main(["imagefolder", "--src", str(images), "--out", str(folder / "set"), "--jobs", "1"]) == 0
+    return folder / "set"
+
+
+@pytest.fixture
+def server(shard_folder: Path) -> Iterator[FaultyServer]:
+    """`shard_folder`, given out by a server on loopback."""
+    with serving(shard_folder) as running:
+        yield running
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetch from servers on loopback, with hardly a pause between tries."""
+    from data_pipeline.shards import fetch
+
+    monkeypatch.setattr(fetch, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(fetch, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
