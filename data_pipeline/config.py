@@ -172,7 +172,8 @@ class DataConfig:
     multiple of twice this number."""
 
     stall_seconds: float = 600.0
-    """A batch that is not ready after this many seconds of waiting ends the run, with the stacks of all threads."""
+    """So many seconds of waiting for a batch, in which no thread finishes anything and no byte of a remote shard comes,
+    end the run, with the stacks of all threads."""
 
     max_bad_samples: int = 16
     """Different damaged samples a rank replaces (and reports) before it gives up."""

@@ -46,7 +46,9 @@ class Loader:
 
     Damaged samples: in training the next readable sample by id takes the place (with the augmentation of the place); in
     evaluation the place is marked invalid. Each is reported once, and more than `config.max_bad_samples` different ones
-    end the iteration with DataError. So does a batch that threads do not finish in `config.stall_seconds`.
+    end the iteration with DataError. So do threads that get nothing done for `config.stall_seconds`.
+
+    A loader belongs to one thread; what is handed over belongs to whoever has it.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Loader:
         )
         self._wait_seconds = self._decode_seconds = 0.0
         self._samples, self._bad_samples = 0, 0
+        self._source_counts: dict[str, float] = {}
         if len(self) == 0:
             raise DataError(
                 f"the data set has {len(source)} samples, fewer than one global batch of "
@@ -154,9 +157,9 @@ class Loader:
     def stats(self) -> dict[str, float]:
         """Since the last call: `wait_seconds` the consumer waited for batches, `decode_seconds` spent by all threads,
         `samples` handed over to this rank, `bad_samples` replaced or marked invalid; and what the source counts."""
-        of_source = getattr(self._source, "stats", dict)
+        self._ask_source()
         stats = {
-            **of_source(),
+            **self._source_counts,
             "wait_seconds": self._wait_seconds,
             "decode_seconds": self._decode_seconds,
             "samples": self._samples,
@@ -164,6 +167,7 @@ class Loader:
         }
         self._wait_seconds = self._decode_seconds = 0.0
         self._samples = self._bad_samples = 0
+        self._source_counts = {}
         return stats
 
     def close(self) -> None:
@@ -201,6 +205,13 @@ class Loader:
             streams=self._batching.streams,
             repeats=self._repeats,
         )
+
+    def _ask_source(self) -> bool:
+        """Add what the source has counted since it was last asked; False where that is nothing."""
+        counts: dict[str, float] = getattr(self._source, "stats", dict)()
+        for name, count in counts.items():
+            self._source_counts[name] = self._source_counts.get(name, 0) + count
+        return any(counts.values())
 
     def _stop_running(self) -> None:
         running = self._running() if self._running is not None else None
@@ -259,10 +270,10 @@ class Loader:
     def _hand_over(self, reader: EpochReader, consumed: int, batch: Batch, pending: Pending[Report]) -> Batch:
         started = time.perf_counter()
         try:
-            reports = pending.results(self._config.stall_seconds)
+            reports = pending.results(self._config.stall_seconds, self._ask_source)
         except StalledError as error:
             raise DataError(
-                f"no batch came within {self._config.stall_seconds:g} seconds (data.stall_seconds) in epoch "
+                f"nothing was done for {self._config.stall_seconds:g} seconds (data.stall_seconds) in epoch "
                 f"{self._epoch} at position {self._consumed}: the storage does not answer, or a thread is stuck. "
                 f"{reader.whereabouts()}\n\n{error}"
             ) from None

@@ -30,6 +30,8 @@ _STOP_SECONDS = 5.0
 # After an error others may still come, of which the first task's is to be raised, so that runs fail alike. But not if
 # those tasks are stuck.
 _ERROR_SECONDS = 5.0
+# Waiting is counted in steps of this length, so that one in which the whole process was suspended counts as one step.
+_STEP_SECONDS = 0.5
 
 
 class StalledError(Exception):
@@ -50,28 +52,33 @@ class Pending(Generic[T]):
         except BaseException as error:
             self._done.put((number, None, error))
 
-    def results(self, seconds: float) -> list[T]:
+    def results(self, seconds: float, moves: Callable[[], bool] = lambda: False) -> list[T]:
         """All results, in the order of the tasks; the first task's error, if any has failed, is raised instead.
 
-        Raises StalledError where they have not come after `seconds` of waiting. Without threads the tasks run now.
+        Raises StalledError after `seconds` of waiting in which no task ended and `moves`, which is asked meanwhile,
+        saw nothing go on that tasks may wait for. Without threads the tasks run now.
         """
         if not self._in_threads:
             return [task() for task in self._tasks]
-        deadline = time.monotonic() + seconds
         values: dict[int, T] = {}
         errors: dict[int, BaseException] = {}
+        left = seconds
         while len(values) + len(errors) < len(self._tasks):
+            step = min(_STEP_SECONDS, left)
             try:
-                number, value, error = self._done.get(timeout=max(0.0, deadline - time.monotonic()))
+                number, value, error = self._done.get(timeout=step)
             except Empty:
+                left = seconds if moves() and not errors else left - step
+                if left > 0:
+                    continue
                 if errors:
                     break
                 raise StalledError(stacks_of_threads()) from None
             if error is not None:
                 errors[number] = error
-                deadline = min(deadline, time.monotonic() + _ERROR_SECONDS)
             else:
                 values[number] = value  # type: ignore[assignment]  # None only where T has it
+            left = min(left, _ERROR_SECONDS) if errors else seconds
         if errors:
             raise errors[min(errors)]
         return [values[number] for number in range(len(self._tasks))]

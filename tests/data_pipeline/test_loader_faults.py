@@ -275,7 +275,7 @@ def test_stuck_thread_ends_the_iteration_with_its_stack_and_sample(monkeypatch: 
     source = Stuck()
     with loader(source, DataConfig(**{**vars(THREADED), "stall_seconds": 0.3})) as running:
         message = (
-            r"(?s)no batch came within 0.3 seconds \(data.stall_seconds\) in epoch 0 at position \d+: .*"
+            r"(?s)nothing was done for 0.3 seconds \(data.stall_seconds\) in epoch 0 at position \d+: .*"
             r"data_pipeline-\d is at sample 21 \(shard 0, counted from 0\).*in read.*self\.release\.wait"
         )
         served: list[int] = []
@@ -290,6 +290,28 @@ def test_stuck_thread_ends_the_iteration_with_its_stack_and_sample(monkeypatch: 
                 thread.join(60)
         rest = [sample for batch in running for sample in batch.ids.tolist()]
     assert len(rest) == IMAGES - consumed
+
+
+class Fetching(Stuck):
+    """Reading sample 21 takes until the source has been asked ten times what it fetched since: something, each time."""
+
+    asked = 0
+
+    def stats(self) -> dict[str, float]:
+        self.asked += 1
+        if self.asked == 10:
+            self.release.set()
+        return {"fetched_bytes": 5.0}
+
+
+def test_waiting_for_shards_that_are_being_fetched_is_no_stall_and_loses_no_count() -> None:
+    source = Fetching()
+    with loader(source, DataConfig(**{**vars(THREADED), "stall_seconds": 0.02})) as running:
+        assert sum(len(batch.ids) for batch in running) == IMAGES
+        asked = source.asked
+        assert asked >= 10
+        assert running.stats()["fetched_bytes"] == 5 * (asked + 1)
+        assert running.stats()["fetched_bytes"] == 5
 
 
 def quarantined(path: Path) -> list[dict[str, object]]:

@@ -4,6 +4,7 @@ import functools
 import gc
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,13 +12,14 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Empty
 
 import pytest
 import torch
 
 from data_pipeline import workers
 from data_pipeline.buffers import Buffers
-from data_pipeline.workers import StalledError, Workers
+from data_pipeline.workers import Pending, StalledError, Workers
 
 SECONDS = 30.0  # ends a hang; nothing that works takes so long
 
@@ -75,6 +77,52 @@ def test_work_that_is_not_done_in_time_is_reported_with_the_stacks_of_all_thread
             pending.results(0.05)
         assert "thread MainThread:" in str(caught.value)
         release.set()
+
+
+class Clock:
+    """A queue whose `get` is told when to time out, and what comes then."""
+
+    def __init__(self, answers: list[object]) -> None:
+        self.answers = answers
+        self.timeouts: list[float] = []
+
+    def get(self, timeout: float) -> object:
+        self.timeouts.append(timeout)
+        answer = self.answers.pop(0)
+        if answer is None:
+            raise Empty
+        return answer
+
+
+def test_waiting_begins_anew_with_each_result_and_each_sign_of_life() -> None:
+    pending = Pending([lambda: 0] * 3, in_threads=True)
+    first, second, third = ((number, number, None) for number in range(3))
+    signs = iter([False, True, False, False])
+    pending._done = Clock([None, None, None, first, None, second, third])  # type: ignore[assignment]
+    assert pending.results(0.8, lambda: next(signs)) == [0, 1, 2]
+    steps = [0.5, 0.3, 0.5, 0.3, 0.5, 0.3, 0.5]
+    # the second step was the last one, but for the sign of life after it
+    assert pending._done.timeouts == pytest.approx(steps)  # type: ignore[attr-defined]
+
+
+def test_time_in_which_the_process_was_suspended_is_no_waiting() -> None:
+    program = """
+import sys
+from data_pipeline.workers import Workers
+with Workers(1, "pool") as pool:
+    pending = pool.start([sys.stdin.readline])
+    print("begun", flush=True)
+    print(pending.results(4.0))
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdin is not None
+        assert running.stdout is not None
+        assert running.stdout.readline() == "begun\n"
+        running.send_signal(signal.SIGSTOP)
+        time.sleep(4.5)  # longer than it may wait
+        running.send_signal(signal.SIGCONT)
+        assert running.communicate("done\n", timeout=SECONDS)[0] == "['done\\n']\n"
 
 
 def test_an_error_is_not_held_up_by_another_task_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
