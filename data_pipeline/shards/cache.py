@@ -193,7 +193,8 @@ class Cache:
         if used > self._max_bytes:
             raise NoRoomError(
                 f"no room for {missing / 1e9:,.3f} GB in {self._folder}: the files that are being read or fetched take "
-                f"up data.cache.max_gb = {self._max_bytes / 1e9:g}. Set it higher, or lower data.block_shards",
+                f"up data.cache.max_gb = {self._max_bytes / 1e9:g}. Set it higher, or use fewer shards at "
+                "once (order 'block' with lower data.block_shards)",
                 state,
             )
         if missing > free:

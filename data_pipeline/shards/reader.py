@@ -7,6 +7,8 @@ import functools
 import os
 import resource
 import threading
+import time
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -26,6 +28,10 @@ from data_pipeline.shards.shard_index import Record
 from data_pipeline.shards.source import DamagedSampleError, DataError, RawSample
 from data_pipeline.shards.storage import LocalFolder, SetFile, Storage, open_storage
 from data_pipeline.shards.working_set import check_budget, shards_at_once
+
+IDLE_SECONDS = 20.0
+"""A remote set's shards are closed when nothing was read for so long: others may need their room in the cache, such as
+the evaluation while training stands still."""
 
 _MAX_OPEN_SHARDS = 512
 # A larger set is opened without looking for its files: a million of them take a shared file system minutes.
@@ -130,6 +136,8 @@ class TarSource:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
+        self._last_read = 0.0
+        self._ending: threading.Event | None = None  # of the thread that closes idle shards
         renew_after_fork(self)
 
     @property
@@ -194,6 +202,8 @@ class TarSource:
         with self._lock:
             self._closed = True
             self._open.clear()
+            if self._ending is not None:
+                self._ending.set()
         self._storage.close()
 
     def after_fork(self) -> None:
@@ -201,11 +211,13 @@ class TarSource:
         opened anew, so that the child keeps no file of a cache in use that it does not read."""
         self._lock = threading.Lock()
         self._open = OrderedDict()
+        self._ending = None
 
     def _shard(self, number: int) -> _OpenShard:
         with self._lock:
             if self._closed:
                 raise ValueError("the source was closed")
+            self._last_read = time.monotonic()
             shard = self._open.get(number)
             if shard is not None:
                 self._open.move_to_end(number)
@@ -219,7 +231,19 @@ class TarSource:
             if not self._closed:
                 shard = self._open.setdefault(number, shard)
                 self._keep_open(self._most())
+                if self._most_open is not None and self._ending is None:
+                    self._ending = threading.Event()
+                    work = functools.partial(_close_idle_shards, weakref.ref(self), self._ending)
+                    threading.Thread(target=work, name="close idle", daemon=True).start()
         return shard
+
+    def _close_if_idle(self) -> bool:
+        with self._lock:
+            idle = time.monotonic() - self._last_read >= IDLE_SECONDS
+            if idle:
+                self._open.clear()
+                self._ending = None
+        return idle
 
     def _most(self) -> int:
         return min(self._most_open or max_open_shards(), max_open_shards())
@@ -267,6 +291,15 @@ class TarSource:
                 f"{self._storage.shown(set_index.FILE_NAME)}. Prepare or copy the data set anew."
             )
         return shard
+
+
+def _close_idle_shards(reference: weakref.ref[TarSource], ending: threading.Event) -> None:
+    """The work of a thread that ends with the source, or once its shards are closed."""
+    while not ending.wait(IDLE_SECONDS / 4):
+        source = reference()
+        if source is None or source._close_if_idle():
+            return
+        del source  # it must not live on through the pause
 
 
 @dataclass(frozen=True)

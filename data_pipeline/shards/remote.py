@@ -20,8 +20,11 @@ from data_pipeline.shards.transport import CalledOffError, Remote
 
 logger = logging.getLogger(__name__)
 
-ROOM_SECONDS = 60.0
-"""How long a read waits for room in a cache in which nothing changes."""
+ROOM_SECONDS = 300.0
+"""How long a read waits for room in a cache in which nothing changes. Sources that stand still let go long before."""
+
+ROOM_WARNING_SECONDS = 10.0
+"""After how long such a read says that it waits."""
 
 _OTHER_FETCHES_POLL = 0.05
 _ROOM_POLL = 0.25
@@ -108,7 +111,7 @@ class CachedRemote:
             return self._the_fetcher().fetch(file, claim, self._cancelled)
 
     def _hold_when_fetched(self, file: SetFile, let_go: Callable[[], bool]) -> Held:
-        state, since = 0, time.monotonic()
+        state, since, told = 0, time.monotonic(), False
         while True:
             pause = _OTHER_FETCHES_POLL
             try:
@@ -122,6 +125,9 @@ class CachedRemote:
                     state, since = error.state, time.monotonic()
                 elif time.monotonic() - since > ROOM_SECONDS:
                     raise
+                elif time.monotonic() - since > ROOM_WARNING_SECONDS and not told:
+                    told = True
+                    logger.warning("waiting with %s: %s", self.shown(file.name), str(error))
                 pause = _ROOM_POLL
             if self._cancelled.wait(pause):
                 raise CalledOffError

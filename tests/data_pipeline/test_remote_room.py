@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.shards import open_source, remote
+from data_pipeline.shards import open_source, reader, remote
 from data_pipeline.shards.source import DataError
 
 pytest.importorskip("aiohttp")
@@ -170,3 +170,23 @@ def test_a_read_for_which_there_is_no_room_ends_in_an_error_not_in_a_hang(
                 DataError, match=r"the files that are being read or fetched take up data\.cache\.max_gb"
             ):
                 source.read(12)
+
+
+def test_shards_of_a_source_that_stands_still_make_room_for_another(
+    shard_folder: Path, server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(remote, "ROOM_SECONDS", 30.0)
+    budget = sum(path.stat().st_size for path in (shard_folder / "train").iterdir())  # all of it is held, or was
+    with (
+        opened(server.url, tmp_path, order="global", max_gb=budget / 1e9) as training,
+        opened(server.url, tmp_path, "val", max_gb=budget / 1e9) as evaluating,
+        opened(shard_folder, tmp_path) as local,
+        opened(shard_folder, tmp_path, "val") as local_val,
+    ):
+        for _ in range(2):
+            assert samples(training) == samples(local)
+            assert samples(evaluating) == samples(local_val)
+        until(lambda: not evaluating._open and not training._open)
+        until(lambda: not [path for path in open_files() if path.startswith(str(tmp_path))])
+        until(lambda: not [thread for thread in threading.enumerate() if thread.name == "close idle"])
