@@ -48,10 +48,8 @@ def is_url(path: str) -> bool:
 
 def without_secrets(url: str) -> str:
     """A URL as it may be shown: no user, password or query, in which signatures stand."""
-    scheme, mark, rest = url.rpartition("://")
-    place = re.split(r"[?#]", rest, maxsplit=1)[0]
-    host, slash, path = place.partition("/")
-    return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}"
+    place = re.split(r"[?#]", url, maxsplit=1)[0]  # first, because a query may hold URLs
+    return re.sub(r"(://)[^/]*@", r"\1", place)
 
 
 def nothing_to_let_go() -> bool:

@@ -21,6 +21,9 @@ HTTP_PIECE_BYTES = 1 << 20
 RANGE_PIECE_BYTES = 8 << 20
 """Asked for at a time from other storage, less with every failed try; must arrive within the timeout."""
 
+MOST_WHOLE_BYTES = 1 << 30
+"""An index.json that is larger is none: that of half a million shards has about 60 MB."""
+
 _WHOLE_FILE_TIMEOUTS = 10  # a small file of unknown size comes in one piece, which may take this many timeouts
 _WORTH_ANOTHER_TRY = (408, 425, 429)  # of the answers 400 to 499: too slow, too early, too many
 _POLL_SECONDS = 0.1
@@ -82,11 +85,15 @@ class Remote:
         """The whole of a small file. Raises TransportError, CalledOffError."""
         if not self._is_http:
             timeout = self._timeout * _WHOLE_FILE_TIMEOUTS
-            return bytes(self._call(lambda: self._submit("cat_file", self._path(name), start=0), cancelled, timeout))
+            end = MOST_WHOLE_BYTES + 1
+            found = self._call(lambda: self._submit("cat_file", self._path(name), start=0, end=end), cancelled, timeout)
+            _check_size(len(found))
+            return bytes(found)
         content = bytearray()
         with contextlib.closing(self._open_http(name, 0, cancelled)) as stream:
             while piece := stream.read():
                 content += piece
+                _check_size(len(content))
         return bytes(content)
 
     def open(self, name: str, start: int, end: int, attempt: int, cancelled: threading.Event) -> Stream:
@@ -156,6 +163,7 @@ class Remote:
         text = str(error)
         for secret in self._secrets:
             text = text.replace(secret, "...")
+        text = re.sub(r"\w+://[^\s'\"<>]+", lambda url: without_secrets(url[0]), text)  # such as of a redirect's target
         return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -225,10 +233,13 @@ class _HttpAnswer:
                 permanent=final,
                 after=float(after) if after.isdecimal() else 0.0,
             )
+        encoded = response.headers.get("Content-Encoding", "identity").lower() != "identity"
         if status == 200:
             self.start = 0
-            self.total = response.content_length
+            self.total = None if encoded else response.content_length  # else it counts the bytes that are sent
             return
+        if encoded:  # though it was not asked for
+            raise TransportError("the server compresses a part of a file, which cannot be gone on with", anew=True)
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
         if found is None or int(found[1]) != self.start:
             raise TransportError("the server answers 206 with another range than was asked for")
@@ -275,6 +286,13 @@ class _HttpStream:
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._answer.close)
+
+
+def _check_size(size: int) -> None:
+    if size > MOST_WHOLE_BYTES:
+        raise TransportError(
+            f"it has more than {MOST_WHOLE_BYTES:,} bytes, too many for what it must be", permanent=True
+        )
 
 
 def _file_system(url: str, timeout: float) -> tuple[Any, str]:

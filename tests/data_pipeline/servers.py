@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import re
 import socket
 import struct
@@ -26,6 +27,8 @@ class FaultyServer(ThreadingHTTPServer):
     gate         half of the bytes; the rest when `gate` is set
     wrong        as many other bytes
     longer       one byte more
+    gzip         compressed, though nobody asked for it
+    elsewhere    a redirect to the same path under /elsewhere, with a signature
     fine         no fault
     """
 
@@ -90,7 +93,13 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "hang":
             self.server.stopped.wait()
             return
-        file = self.server.root / path
+        if fault == "elsewhere":
+            self.send_response(302)
+            self.send_header("Location", f"{self.server.url}/elsewhere/{path}?sig=siGnEd")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        file = self.server.root / path.removeprefix("elsewhere/")
         if fault.isdecimal() or not file.is_file():
             self.send_response(int(fault) if fault.isdecimal() else 404)
             self.send_header("Content-Length", "4")
@@ -111,13 +120,16 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[start : last + 1]
         else:
             self.send_response(200)
+        if fault == "gzip":
+            body = gzip.compress(body)
+            self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self._send(body, fault)
 
     def _send(self, body: bytes, fault: str) -> None:
         half = len(body) // 2
-        if fault in ("fine", "wrong", "longer"):
+        if fault in ("fine", "wrong", "longer", "gzip"):
             self.wfile.write(body)
             return
         if fault == "trickle":

@@ -291,3 +291,53 @@ def test_pauses_grow_and_are_capped_and_spread(monkeypatch: pytest.MonkeyPatch) 
         assert 0.9 * longest < pauses.max() <= longest
     assert fetch.pause_before(1, 7.0, draw) == 7.0  # a server's wish counts
     assert fetch.pause_before(1, 3600.0, draw) == 30.0
+
+
+def test_a_server_may_compress_what_it_sends(shard_folder: Path, server: FaultyServer, tmp_path: Path) -> None:
+    for path in ("index.json", TAR, INDEX):
+        server.misbehave(path, "gzip")
+    with opened(server.url, tmp_path) as source, opened(shard_folder, tmp_path) as local:
+        assert samples(source) == samples(local)
+        assert source.stats()["fetch_retries"] == 0
+
+
+def test_a_compressed_part_of_a_file_is_not_gone_on_with(
+    shard_folder: Path, server: FaultyServer, tmp_path: Path
+) -> None:
+    tar = shard_folder / TAR
+    (tmp_path / f"{sha256(tar)}.tar.{tar.stat().st_size}.part").write_bytes(tar.read_bytes()[:5000])
+    server.misbehave(TAR, "gzip", "gzip")
+    with opened(server.url, tmp_path) as source:
+        assert source.read(6).key
+        assert [asked for path, asked in server.requests if path == TAR] == ["bytes=5000-", ""]
+
+
+def test_redirects_are_followed_and_what_they_sign_is_not_shown(
+    shard_folder: Path, server: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.misbehave("index.json", "elsewhere")
+    server.misbehave(TAR, "elsewhere", *["elsewhere"] * 99)
+    server.misbehave(f"elsewhere/{TAR}", "reset", *["elsewhere"] * 99)  # and then round and round
+    with opened(server.url, tmp_path) as source, pytest.raises(DataError, match="cannot be fetched") as raised:
+        source.read(6)
+    assert "siGnEd" not in caplog.text + str(raised.value)
+    assert "sig=siGnEd" in server.queries
+    told = str(transport.Remote("https://host/set", 1.0)._explained(OSError("no https://u:p@x/y?sig=siGnEd, 'a'")))
+    assert told == "OSError: no https://x/y 'a'"
+
+
+def test_an_index_without_an_end_is_refused(
+    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "MOST_WHOLE_BYTES", 500)
+    with pytest.raises(DataError, match=r"index\.json cannot be fetched: it has more than 500 bytes"):
+        open_source(config(server.url, tmp_path), "train")
+    assert server.gets["index.json"] == 1
+
+
+def test_names_with_spaces_and_other_scripts_are_found(shard_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(shard_folder, tmp_path / "root" / "ein Satz" / "\u96c6 %41")
+    with serving(tmp_path / "root") as server, opened(shard_folder, tmp_path) as local:
+        for place in ("ein Satz/\u96c6 %2541", "ein%20Satz/%E9%9B%86%20%2541/"):
+            with opened(f"{server.url}/{place}", tmp_path / "cache") as source:
+                assert samples(source) == samples(local)

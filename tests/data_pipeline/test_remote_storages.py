@@ -137,3 +137,9 @@ def test_a_file_that_is_shorter_than_its_index_says_is_an_error_with_both_sizes(
         source.stats()
         assert source.read(6).key
         assert source.stats()["fetched_bytes"] == len(content) - 1000
+
+
+def test_an_index_without_an_end_is_refused(tmp_path: Path, in_memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "MOST_WHOLE_BYTES", 500)
+    with pytest.raises(DataError, match=r"index\.json cannot be fetched: it has more than 500 bytes"):
+        open_source(config("memory://the-set", tmp_path), "train")

@@ -45,6 +45,8 @@ def test_a_path_is_a_url_where_it_has_a_protocol(path: str, remote: bool) -> Non
         ("ftp://user@host", "ftp://host"),
         ("s3://bucket/in/here", "s3://bucket/in/here"),
         ("blockcache::https://user:pass@host/set?token=t", "blockcache::https://host/set"),
+        ("https://host/set?next=https://x/y&sig=secret", "https://host/set"),
+        ("zip://in::https://user:pass@host/a.zip?sig=https://x@y/", "zip://in::https://host/a.zip"),
     ],
 )
 def test_secrets_are_left_out_of_what_is_shown(url: str, shown: str) -> None:
