@@ -26,12 +26,17 @@ _BLUR_REACH = 6  # pixels: three times the largest deviation that is drawn
 def apply_changes(images: Tensor, changes: Sequence[Changes], config: DataConfig) -> Tensor:
     """Apply one Changes to each of `images`, uint8 (n, H, W, 3) on any device; returns new memory of that shape.
 
-    The noise in erased boxes is the device's own: a function of (seed, epoch, sample) and the kind of device. Raises
-    ValueError where the numbers of images and changes differ.
+    The noise in erased boxes is the device's own: a function of (seed, epoch, sample) and the kind of device. Computes
+    in float32 also where autocast is on. Raises ValueError where the numbers of images and changes differ.
     """
     if len(images) != len(changes):
         raise ValueError(f"{len(images)} images and {len(changes)} changes do not fit together")
-    images = images.clone()
+    with torch.autocast(images.device.type, enabled=False):
+        return _changed(images.clone(), changes, config)
+
+
+def _changed(images: Tensor, changes: Sequence[Changes], config: DataConfig) -> Tensor:
+    """`images`, which are written, after one Changes each."""
     fill = mean_colour(config)
     for layer in range(max((len(change.steps) for change in changes), default=0)):
         for name, members in _by_operation(changes, layer).items():

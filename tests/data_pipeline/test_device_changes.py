@@ -102,6 +102,15 @@ def test_blur_is_a_gaussian_of_the_given_deviation() -> None:
     assert np.abs(blurred - with_pillow(waves, step)).mean() < 0.5  # three boxes approximate it
 
 
+@pytest.mark.parametrize("name", sorted(_OPERATIONS))
+def test_autocast_changes_no_pixel(name: str) -> None:
+    images = pictures()
+    changes = [Changes(((name, _STRENGTHS[name](0.6, 1), bicubic),), None, 0) for bicubic in [True, False] * 2 + [True]]
+    expected = on_device(images, changes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(on_device(images, changes), expected)
+
+
 def test_samples_with_different_changes_in_one_batch_do_not_touch_each_other() -> None:
     settings = config(rand_augment="rand-m9-n3-mstd0.5-inc1", three_augment=True, color_jitter=0.4, random_erasing=0.5)
     recipe = recipe_of(settings)
