@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -54,7 +55,8 @@ def _append(path: Path, entry: dict[str, str | int]) -> None:
         line = (json.dumps(entry, ensure_ascii=False) + "\n").encode()
         if content and not content.endswith(b"\n"):
             line = b"\n" + line  # a full disk has cut the last one off
-        os.write(descriptor, line)  # one call: lines of different ranks do not mix
+        if os.write(descriptor, line) < len(line):  # one call: lines of different ranks do not mix
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 

@@ -156,7 +156,7 @@ def _require_file(folder: Path, split: str) -> None:
         return
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}. Prepare one with `python -m data_pipeline.prepare --help`.")
-    there = ", ".join(sorted(path.stem for path in folder.glob(f"*{SUFFIX}"))) or "none"
+    there = ", ".join(sorted(path.stem for path in folder.glob(f"*{SUFFIX}") if path.is_file())) or "none"
     raise DataError(f"{folder} has no {split}{SUFFIX}; its splits: {there}.")
 
 

@@ -354,6 +354,7 @@ def test_foreign_folder_has_numbered_classes_and_names_its_splits(tmp_path: Path
     opened(tmp_path, beton).close()
     source = open_beton(config(tmp_path, num_classes=4), "train")
     assert source.class_names == ("class_0", "class_1", "class_2", "class_3")
+    (tmp_path / "val.beton").mkdir()
     with pytest.raises(DataError, match=r"has no val.beton; its splits: train"):
         open_beton(config(tmp_path), "val")
 

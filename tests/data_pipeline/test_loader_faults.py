@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -350,6 +351,16 @@ def test_line_that_a_full_disk_has_cut_off_does_not_take_the_next_with_it(tmp_pa
         list(running)
     cut, line = path.read_text().splitlines()
     assert (cut, json.loads(line)["sample"]) == ('{"shard": "train/syn', 7)
+
+
+def test_line_that_was_cut_off_by_a_full_disk_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write, path = os.write, tmp_path / "quarantine.jsonl"
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:9]))
+    with Loader(Faulty(damaged=(7,)), CONFIG, BATCHES_OF_8, train=True, seed=0, quarantine=path) as running:
+        assert len(list(running)) == 5
+    assert f"{path} cannot be written: No space left on device" in caplog.text
 
 
 @pytest.mark.parametrize("path", ["/dev/full", "/proc/nowhere/quarantine.jsonl"])
