@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from dataclasses import dataclass, field
@@ -59,6 +60,15 @@ class Report:
     damaged: list[tuple[int, DamagedSampleError]] = field(default_factory=list)
 
 
+class _Tools(threading.local):
+    """What each thread has of its own, from its first task to its end."""
+
+    def __init__(self, seed: int, epoch: int) -> None:
+        self.name = threading.current_thread().name
+        self.draws = SampleDraws(seed, epoch)
+        self.scratch = Scratch()
+
+
 @dataclass(frozen=True)
 class EpochReader:
     """Writes samples of one epoch into batches. What it writes depends on the sample ids and on nothing else."""
@@ -78,17 +88,20 @@ class EpochReader:
     large: threading.Lock = field(default_factory=threading.Lock)
     """Held while a large image is decoded, so that memory is taken for one at a time."""
 
+    @functools.cached_property
+    def _tools(self) -> _Tools:
+        return _Tools(self.seed, self.epoch)
+
     def fill(self, batch: Batch, slots: range) -> Report:
         """Write the given places of `batch`; runs in any thread."""
         started = time.perf_counter()
         report = Report()
-        draws, scratch = SampleDraws(self.seed, self.epoch), Scratch()
         images, labels, valid = batch.images.numpy(), batch.labels.numpy(), batch.valid.numpy()
-        thread = threading.current_thread().name
+        thread = self._tools.name
         ids, copies = batch.ids[slots.start : slots.stop].tolist(), batch.copies[slots.start : slots.stop].tolist()
         for slot, sample_id, copy in zip(slots, ids, copies, strict=True):
             self.at_work[thread] = sample_id
-            written = self._write(sample_id, copy, draws, scratch, images[slot], report) if valid[slot] else None
+            written = self._write(sample_id, copy, images[slot], report) if valid[slot] else None
             if written is None:
                 images[slot], labels[slot], valid[slot] = 0, 0, False
             else:
@@ -110,20 +123,14 @@ class EpochReader:
         return "; ".join(places) or "no thread has a sample in hand"
 
     def _write(
-        self,
-        sample_id: int,
-        copy: int,
-        draws: SampleDraws,
-        scratch: Scratch,
-        out: npt.NDArray[np.uint8],
-        report: Report,
+        self, sample_id: int, copy: int, out: npt.NDArray[np.uint8], report: Report
     ) -> tuple[int, Changes | None] | None:
         """Write one image and return its label and what is still to be done to it; None if it is damaged and nothing
         may stand in for it."""
         for attempt in range(1 + _MAX_SUBSTITUTES):
             candidate = (sample_id + attempt) % len(self.source)
             try:
-                return self._prepare(candidate, draws.of(sample_id, copy), scratch, out)
+                return self._prepare(candidate, self._tools.draws.of(sample_id, copy), out)
             except DamagedSampleError as error:
                 report.damaged.append((candidate, error))
             if not self.substitute:
@@ -134,14 +141,14 @@ class EpochReader:
         )
 
     def _prepare(
-        self, sample_id: int, rng: np.random.Generator, scratch: Scratch, out: npt.NDArray[np.uint8]
+        self, sample_id: int, rng: np.random.Generator, out: npt.NDArray[np.uint8]
     ) -> tuple[int, Changes | None]:
         where = f"sample {sample_id}"
         try:
             sample = self.source.read(sample_id)
             where = f"sample '{sample.key}' in shard {sample.shard}"
             try:
-                picture = open_image(sample.image, self.decoding, verified=sample.verified, scratch=scratch)
+                picture = open_image(sample.image, self.decoding, verified=sample.verified, scratch=self._tools.scratch)
                 with self.large if picture.stored_pixels > LARGE_PIXELS else contextlib.nullcontext():
                     changes = self.transform(picture, rng, out)
             except DecodeError as error:
