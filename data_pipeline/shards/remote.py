@@ -86,6 +86,7 @@ class CachedRemote:
         self._cancelled = threading.Event()
         self._counts = Counts()
         self._wanted = {}
+        self._failed: dict[str, tuple[float, str]] = {}  # when and why a file could not be fetched at last
         self._fetcher = None
         self._ahead: LookAhead[Sequence[SetFile]] = LookAhead(self._fetch_ahead, self._config.ahead)
         weakref.finalize(self, self._cancelled.set)  # at the latest before the interpreter takes itself apart
@@ -102,20 +103,31 @@ class CachedRemote:
         if warning:
             logger.warning("%s", warning)
 
-    def _make(self, file: SetFile, rank: int) -> Held | None:
-        """Fetch a file unless another thread or process does; None where it does. Raises NoRoomError, DataError."""
+    def _make(self, file: SetFile, rank: int, since: float) -> Held | None:
+        """Fetch a file unless another thread or process does; None where it does. Raises NoRoomError, DataError: also
+        where another thread has failed to after `since`, so that who waited for it does not begin all tries anew."""
         claim = self._cache.claim(file.address, file.size, self._wanted, rank)
         if claim is None:
             return self._cache.hold(file.address, file.size)
         with contextlib.closing(claim):
-            return self._the_fetcher().fetch(file, claim, self._cancelled)
+            failed, why = self._failed.get(file.address, (0.0, ""))
+            if why and failed >= since:
+                raise DataError(why)
+            try:
+                return self._the_fetcher().fetch(file, claim, self._cancelled)
+            except NoRoomError:  # of this moment
+                raise
+            except DataError as error:
+                self._failed[file.address] = time.monotonic(), str(error)
+                raise
 
     def _hold_when_fetched(self, file: SetFile, let_go: Callable[[], bool]) -> Held:
-        state, since, told = 0, time.monotonic(), False
+        began = time.monotonic()
+        state, since, told = 0, began, False
         while True:
             pause = _OTHER_FETCHES_POLL
             try:
-                held = self._make(file, 0)
+                held = self._make(file, 0, began)
                 if held is not None:
                     return held
             except NoRoomError as error:
@@ -143,11 +155,11 @@ class CachedRemote:
             logger.info("not fetched ahead, and to be tried again when it is read: %s", str(error))
 
     def _fetch_file_ahead(self, file: SetFile) -> None:
-        rank = self._wanted.get(file.address)
+        rank, began = self._wanted.get(file.address), time.monotonic()
         while rank is not None and self._wanted.get(file.address) == rank:
             try:
                 # a hold counts as a use: what is here already does not leave before what is cold
-                held = self._cache.hold(file.address, file.size) or self._make(file, rank)
+                held = self._cache.hold(file.address, file.size) or self._make(file, rank, began)
             except NoRoomError:  # there may be some when others are through with theirs
                 if self._cancelled.wait(_ROOM_POLL):
                     raise CalledOffError from None

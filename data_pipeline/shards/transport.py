@@ -160,7 +160,7 @@ class Remote:
         return TransportError(self._cleaned(error), permanent=refused or no_credentials)
 
     def _cleaned(self, error: Exception) -> str:
-        text = str(error)
+        text = str(error).replace(" ssl:default", "")  # aiohttp says so of plain HTTP, too
         for secret in self._secrets:
             text = text.replace(secret, "...")
         text = re.sub(r"\w+://[^\s'\"<>]+", lambda url: without_secrets(url[0]), text)  # such as of a redirect's target

@@ -211,3 +211,26 @@ os.waitpid(child, 0)
     output, errors = process.communicate("go on\n", timeout=60)
     assert (output, errors) == ("late True\n", "")
     assert sha256(tmp_path / f"{sha256(shard_folder / 'train/shard-000003.tar')}.tar")
+
+
+def test_threads_that_wait_for_one_fetch_share_its_failure(server: FaultyServer, tmp_path: Path) -> None:
+    server.misbehave(TAR, "hang", *["500"] * 99)
+    failures: list[str] = []
+    with opened(server.url, tmp_path, attempts=2, timeout=1) as source:
+
+        def read() -> None:
+            try:
+                source.read(6)
+            except DataError as error:
+                failures.append(str(error))
+
+        threads = [threading.Thread(target=read) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert len(failures) == 4
+        assert len(set(failures)) == 1
+        assert server.gets[TAR] == 2
+        server.misbehave(TAR)
+        assert source.read(6).key  # who comes later tries anew
