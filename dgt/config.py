@@ -7,16 +7,14 @@ Reading files needs pydantic and PyYAML; building a `Config` in Python needs nei
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from data_pipeline.config import DataConfig
+from data_pipeline.config_file import ConfigError, check_keys, read_with_bases, validated, with_overrides
 from dgt.models import ModelConfig
 from dgt.tasks import TaskConfig
 from dgt.training.checkpoint import CheckpointConfig
@@ -29,9 +27,7 @@ from dgt.training.run_folder import plain
 from dgt.training.schedule import ScheduleConfig
 from dgt.training.steps import StepsConfig
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the file, the key and what to do."""
+__all__ = ["Config", "ConfigError", "from_dict", "load", "to_yaml"]
 
 
 @dataclass(frozen=True)
@@ -86,45 +82,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises `ConfigError` naming the file or override and the key: unknown keys (with the nearest known one), wrong
     types, values out of range, missing or circular base files, overrides that are not ``key=value``.
     """
-    import yaml
-
-    values = read_with_bases(Path(path))
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"override {override!r}: expected key.sub=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML ({error})") from None
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        check_keys(value, Config, f"override {override!r}")
-        values = merged(values, value)
+    values = with_overrides(read_with_bases(Path(path), _check), overrides, _check)
     return from_dict(values, source=f"{path} with the overrides" if overrides else str(path))
 
 
 def from_dict(values: Mapping[str, Any], source: str = "configuration") -> Config:
     """Validates nested plain `values` into a `Config`; `source` is named in errors. Raises `ConfigError`."""
-    from pydantic import TypeAdapter, ValidationError
+    return validated(Config, values, source)
 
+
+def _check(values: Mapping[str, Any], source: str) -> None:
     check_keys(values, Config, source)
-    try:
-        config = TypeAdapter(Config).validate_python(dict(values))
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {describe(e)}" for e in error.errors())) from None
-    for key, value in leaves(plain(config)):  # afterwards, because "nan" is a text until pydantic has read it
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{source}: {key}: must be a finite number, got {value}")
-    return config
-
-
-def describe(error: Mapping[str, Any]) -> str:
-    """One line for one of pydantic's errors: the key, what was wrong, what was given."""
-    key = ".".join(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] == "value_error" else f", got {error['input']!r}"
-    return f"{key}: {message}{given}" if key else f"{message}{given}"
 
 
 def to_yaml(config: Config) -> str:
@@ -132,94 +100,3 @@ def to_yaml(config: Config) -> str:
     import yaml
 
     return yaml.safe_dump(plain(config), sort_keys=False, default_flow_style=None, width=110)
-
-
-def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The file's values merged over those of its ``base:`` files. Raises `ConfigError`."""
-    import yaml
-
-    if path.resolve() in seen:
-        chain = " -> ".join(p.name for p in (*seen, path.resolve()))
-        raise ConfigError(f"{path}: base files form a circle: {chain}")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read this configuration file: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of keys to values, this is a {type(values).__name__}")
-    base = values.pop("base", None)
-    check_keys(values, Config, str(path))
-    if base is None:
-        return values
-    return merged(read_with_bases(path.parent / str(base), (*seen, path.resolve())), values)
-
-
-def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `under`: mappings merge key by key, everything else is replaced."""
-    result = dict(under)
-    for key, value in over.items():
-        below = result.get(key)
-        result[key] = merged(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
-    return result
-
-
-def check_keys(values: Any, kind: type, source: str, prefix: str = "") -> None:
-    """Raises `ConfigError` at the first key of `values` that the dataclass `kind` does not have, at any depth.
-
-    And where true or false is given for a number, because pydantic takes them for 1 and 0.
-    """
-    if not isinstance(values, Mapping):
-        given = "nothing" if values is None else repr(values)
-        raise ConfigError(f"{source}: {prefix.rstrip('.')}: expected a section of keys and values, got {given}")
-    hints = get_type_hints(kind)
-    for key, value in values.items():
-        if key not in hints:
-            raise ConfigError(f"{source}: unknown key {prefix}{key}{suggestion(str(key), prefix, list(hints))}")
-        if dataclasses.is_dataclass(hints[key]):
-            check_keys(value, hints[key], source, f"{prefix}{key}.")
-        elif is_numeric(hints[key]) and any(isinstance(leaf, bool) for _, leaf in leaves(value)):
-            raise ConfigError(f"{source}: {prefix}{key}: true and false are no numbers, got {value!r}")
-
-
-def is_numeric(hint: Any) -> bool:
-    """Whether a value of this type is a number or consists of numbers."""
-    return hint in (int, float) or any(is_numeric(part) for part in get_args(hint))
-
-
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in nested mappings and lists; the entries of a list have the list's key."""
-    if isinstance(value, Mapping):
-        for key, below in value.items():
-            yield from leaves(below, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, (list, tuple)):
-        for below in value:
-            yield from leaves(below, path)
-    else:
-        yield path, value
-
-
-def suggestion(key: str, prefix: str, known: Sequence[str]) -> str:
-    """The nearest known key in words: of the same section, else of any section, else the list of what there is."""
-    near = difflib.get_close_matches(key, known, n=1)
-    if near:
-        return f"; did you mean {prefix}{near[0]}?"
-    everywhere = dict(leaf_keys(Config))
-    near = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.75)
-    if near:
-        return f"; did you mean {everywhere[near[0]]}?"
-    return f"; known here: {', '.join(known)}"
-
-
-def leaf_keys(kind: type, prefix: str = "") -> list[tuple[str, str]]:
-    """(name, dotted path) of every key below the dataclass `kind`."""
-    keys: list[tuple[str, str]] = []
-    for name, hint in get_type_hints(kind).items():
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            keys += leaf_keys(hint, f"{prefix}{name}.")
-        else:
-            keys.append((name, prefix + name))
-    return keys

@@ -89,13 +89,13 @@ def test_the_grid_is_written_with_the_settings_of_a_configuration(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("augment.rand_augmet=x", "--set: unknown key augment.rand_augmet; known here: scale, ratio"),
-        ("augment=3", "--set: augment: must be a section"),
-        ("image_size=big", "--set: image_size: must be of type int, got 'big'"),
-        ("augment.scale=[1]", "--set: augment.scale: must be a list of 2, got [1]"),
-        ("augment.interpolation=cubic", "--set: augment.interpolation: must be one of antialias, linear, area"),
-        ("augment.horizontal_flip=2", "--set: horizontal_flip: is a probability"),
-        ("augment.rand_augment", "sets nothing: give KEY=VALUE"),
+        ("augment.rand_augmet=x", "unknown key data.augment.rand_augmet; did you mean data.augment.rand_augment?"),
+        ("augment=3", "data.augment: expected a section of keys and values, got 3"),
+        ("image_size=big", "--set: data.image_size: Input should be a valid integer"),
+        ("augment.scale=[1]", "--set: data.augment.scale.1: Field required"),
+        ("augment.interpolation=cubic", "--set: data.augment.interpolation: Input should be 'antialias', 'linear'"),
+        ("augment.horizontal_flip=2", "--set: data.augment: horizontal_flip: is a probability"),
+        ("augment.rand_augment", "override 'data.augment.rand_augment': expected key.sub=value"),
         ("mean=[0.5, 0.5, a", "is not valid YAML"),
     ],
 )
