@@ -3,7 +3,8 @@
 `open_image` reads an image's size from its header; its pixels are decoded when a part of it is asked for, and only as
 much as that part needs:
 
-* A JPEG whose rows of MCUs can be read alone (data_pipeline.restart_rows): the rows under the part.
+* A JPEG whose rows of MCUs can be read alone (data_pipeline.restart_rows): the rows under the part, and of them the
+  columns between two markers.
 * Another sequential JPEG whose bytes were proved by a checksum: the rows down to the part's lower edge.
 * Everything else: the whole image.
 
@@ -25,7 +26,7 @@ import numpy.typing as npt
 
 from data_pipeline import jpeg
 from data_pipeline.config import Decoding
-from data_pipeline.restart_rows import RestartRows, cut_rows
+from data_pipeline.restart_rows import RestartRows, Span, cut_rows, pieces_per_row
 
 Image = npt.NDArray[np.uint8]
 Size = tuple[int, int]
@@ -119,7 +120,7 @@ def open_image(
             raise DecodeError(f"decoded pixels must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
         return _Pixels(image)
     if isinstance(image, RestartRows):
-        return _Jpeg(image, image.read(0, 1), decoding, verified, scratch)
+        return _Jpeg(image, image.read([(0, 1)]), decoding, verified, scratch)
     if image[:2] == jpeg.START:
         return _Jpeg(None, image, decoding, verified, scratch)
     return _OtherFormat(image)
@@ -198,48 +199,47 @@ class _Jpeg:
             box, target = _stored_box(box, target, orientation, (header.height, header.width))
         top, left, height, width = box
         reduction = 1 if target is None or self._decoding == "exact" else _reduction((height, width), target)
-        first_row, stop_row = self._needed_rows(top, top + height)
-        data, first, stop = self._cut(first_row, stop_row)
-        # what lies below the last row wanted is not looked at, and libjpeg has a warning for that
-        strict = self._rows is not None or stop == header.rows
-        pixels = self._decode(simplejpeg, data, strict, (first, stop), reduction)
-        above = first * header.mcu_height
+        data, strict, (above, before, *size) = self._cut(box)
+        pixels = self._decode(simplejpeg, data, strict, (size[0], size[1]), reduction)
         if reduction > 1:
             bottom, right = round((top + height) / reduction), round((left + width) / reduction)
-            top, left, above = round(top / reduction), round(left / reduction), above // reduction
+            top, left = round(top / reduction), round(left / reduction)
+            above, before = above // reduction, before // reduction
             height, width = bottom - top, right - left
-        pixels = pixels[top - above : top - above + height, left : left + width]
+        top, left = top - above, left - before
+        pixels = pixels[top : top + height, left : left + width]
         return pixels if orientation == 1 else _turn_upright(pixels, orientation)
 
-    def _needed_rows(self, top: int, bottom: int) -> tuple[int, int]:
-        """The rows of MCUs, first <= row < stop, that the pixel rows top <= row < bottom depend on."""
-        header = self._header
-        first, stop = top // header.mcu_height, -(-bottom // header.mcu_height)
-        if self._decoding == "exact" and header.tall_chroma:  # its smooth upsampling looks one row of pixels further
-            first -= first > 0 and top % header.mcu_height == 0
-            stop += stop < header.rows and bottom % header.mcu_height == 0
-        return first, stop
-
-    def _cut(self, first: int, stop: int) -> tuple[bytes | bytearray, int, int]:
-        """A JPEG that holds at least these rows of MCUs, and which rows it holds."""
-        header = self._header
+    def _cut(self, box: Box) -> tuple[bytes | bytearray, bool, Box]:
+        """A JPEG that holds a box of the stored image; whether it is decoded without any warning; what it holds."""
+        header, (top, left, height, width) = self._header, box
+        smooth = self._decoding == "exact"  # upsampling, which looks one pixel further where chroma has fewer of them
+        rows = _needed(top, top + height, header.mcu_height, header.rows, smooth and header.tall_chroma)
         if self._rows is not None:
+            per_row = pieces_per_row(header)
+            piece_width = header.restart_interval * header.mcu_width
+            columns = _needed(left, left + width, piece_width or header.width, per_row, smooth and header.wide_chroma)
+            if smooth and 0 < header.width - columns[0] * piece_width < header.mcu_width:
+                columns = max(columns[0] - 1, 0), columns[1]  # libjpeg upsamples what is very narrow in another way
             try:
-                return cut_rows(self._rows, self._data, header, first, stop), first, stop
+                data = cut_rows(self._rows, self._data, header, rows, columns)
             except ValueError as error:
                 raise DecodeError(f"damaged JPEG: {error}") from error
-        if stop == header.rows or not (self._verified and header.plain):
-            return self._data, 0, header.rows
-        data = bytearray(self._data)
-        data[header.height_at : header.height_at + 2] = (stop * header.mcu_height).to_bytes(2, "big")
-        return data, 0, stop
+            above, before = rows[0] * header.mcu_height, columns[0] * piece_width
+            bottom, right = min(rows[1] * header.mcu_height, header.height), min(columns[1] * piece_width, header.width)
+            return data, True, (above, before, bottom - above, right - before)
+        if rows[1] == header.rows or not (self._verified and header.plain):
+            return self._data, True, (0, 0, header.height, header.width)
+        data, bottom = bytearray(self._data), rows[1] * header.mcu_height
+        data[header.height_at : header.height_at + 2] = bottom.to_bytes(2, "big")
+        # what lies below is not looked at, and libjpeg has a warning for that
+        return data, False, (0, 0, bottom, header.width)
 
     def _decode(
-        self, simplejpeg: ModuleType, data: bytes | bytearray, strict: bool, rows: tuple[int, int], reduction: int
+        self, simplejpeg: ModuleType, data: bytes | bytearray, strict: bool, size: Size, reduction: int
     ) -> Image:
-        header, fast = self._header, self._decoding == "fast"
-        height = min(rows[1] * header.mcu_height, header.height) - rows[0] * header.mcu_height
-        height, width = -(-height // reduction), -(-header.width // reduction)
+        fast = self._decoding == "fast"
+        height, width = -(-size[0] // reduction), -(-size[1] // reduction)
         buffer = None if self._scratch is None else self._scratch.take(3 * height * width)
         try:
             pixels: Image = simplejpeg.decode_jpeg(
@@ -276,6 +276,16 @@ def _simplejpeg() -> ModuleType | None:
     except ImportError:
         return None
     return simplejpeg
+
+
+def _needed(begin: int, end: int, step: int, count: int, neighbours: bool) -> Span:
+    """Of `count` strips of `step` pixels, those that the pixels begin <= pixel < end lie in; with `neighbours`, those
+    that the pixel before and the one after lie in, too."""
+    first, stop = begin // step, -(-end // step)
+    if neighbours:
+        first -= first > 0 and begin % step == 0
+        stop += stop < count and end % step == 0
+    return first, stop
 
 
 def _reduction(size: Size, target: Size) -> int:

@@ -18,6 +18,7 @@ _EXIF = b"Exif\0\0"
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(="|>)([0-9])')
 _ORIENTATION_TAG = 0x0112
+_SUBSAMPLINGS = {0x11: "444", 0x21: "422", 0x22: "420", 0x12: "440", 0x41: "411", 0x14: "441"}  # chroma being 1 x 1
 _BLOCK = 8  # pixels; JPEG transforms blocks of 8 x 8
 
 
@@ -35,8 +36,8 @@ class JpegHeader(NamedTuple):
     """Height of the blocks that are coded as a unit, in pixels."""
 
     mcu_width: int
-    tall_chroma: bool
-    """A component has fewer rows than the image, so that smooth upsampling looks at the rows above and below."""
+    sampling: bytes
+    """A byte for each component: its samples in an MCU across (upper four bits) and down, in blocks of 8 x 8."""
 
     plain: bool
     """Huffman-coded, sequential, 8 bits, all components in one scan: rows of MCUs follow each other from the top."""
@@ -58,6 +59,31 @@ class JpegHeader(NamedTuple):
     def rows(self) -> int:
         """Rows of MCUs."""
         return -(-self.height // self.mcu_height)
+
+    @property
+    def mcus_per_row(self) -> int:
+        return -(-self.width // self.mcu_width)
+
+    @property
+    def tall_chroma(self) -> bool:
+        """A component has fewer rows than another, so that smooth upsampling looks at the rows above and below."""
+        rows = [factors & 15 for factors in self.sampling]
+        return min(rows) < max(rows)
+
+    @property
+    def wide_chroma(self) -> bool:
+        """The same of columns."""
+        columns = [factors >> 4 for factors in self.sampling]
+        return min(columns) < max(columns)
+
+    @property
+    def subsampling(self) -> str:
+        """ "444", "422", "420", "440", "411", "441" or "Gray"; "other" for what has no such name."""
+        if self.components == 1:
+            return "Gray"
+        first, chroma, black = self.sampling[0], self.sampling[1:3], self.sampling[3:]
+        named = chroma == b"\x11\x11" and black in (b"", self.sampling[:1])
+        return _SUBSAMPLINGS.get(first, "other") if named else "other"
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -131,7 +157,7 @@ def _header(data: bytes, frame_at: int, scan: int, interval: int, orientation: i
         components,
         _BLOCK if one else _BLOCK * max(rows),
         _BLOCK if one else _BLOCK * max(columns),
-        tall_chroma=min(rows) < max(rows),
+        sampling=bytes(sampling),
         plain=frame in _SEQUENTIAL_FRAMES and bits == 8 and in_scan == components,
         progressive=frame in _PROGRESSIVE_FRAMES,
         restart_interval=interval,

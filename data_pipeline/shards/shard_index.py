@@ -62,11 +62,12 @@ _MOST_IN_U2 = 0xFFFF
 ROW = np.dtype(
     [
         ("offset", "<u4"),  # of the piece, from the image's first byte
-        ("crc32", "<u4"),  # of the piece's bytes
+        ("crc32", "<u4"),  # of the image's bytes up to the end of the piece
     ]
 )
-"""A piece of a JPEG: the first holds everything up to the pixels (SOS included), each further one a row of MCUs with
-the marker that ends it; the last runs to the end of the file."""
+"""A piece of a JPEG: the first holds everything up to the pixels (SOS included), each further one a row of MCUs, or an
+even part of it, with the marker that ends it; the last runs to the end of the file. One checksum, begun with that of
+the piece before, proves any run of pieces."""
 
 NO_LABEL = 0xFFFFFFFF
 """Stands in the index for the label -1: the sample has none."""
@@ -212,6 +213,7 @@ class Record(NamedTuple):
     """Where the pieces of a JPEG with restart rows begin, from the image's first byte; empty without them."""
 
     row_crc32s: tuple[int, ...]
+    """CRC-32 of the image's bytes up to the end of each piece."""
 
 
 def read_record(pread: Callable[[int, int], bytes], header: Header, row: int) -> Record:

@@ -167,7 +167,10 @@ def _rows(sample: EncodedSample) -> shard_index.Rows:
     ends = (*starts[1:], len(sample.image)) if starts else ()
     if starts and (starts[0] != 0 or any(start >= end for start, end in zip(starts, ends, strict=True))):
         raise ValueError(f"the restart rows of '{sample.key}' do not divide its image")
-    entries = [(start, zlib.crc32(sample.image[start:end])) for start, end in zip(starts, ends, strict=True)]
+    entries, crc32 = [], 0
+    for start, end in zip(starts, ends, strict=True):
+        crc32 = zlib.crc32(sample.image[start:end], crc32)
+        entries.append((start, crc32))
     return np.array(entries, dtype=shard_index.ROW)
 
 

@@ -8,6 +8,7 @@ import itertools
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from data_pipeline.jpeg import parse_header
-from data_pipeline.restart_rows import RestartRows, insert
+from data_pipeline.restart_rows import RestartRows, Span, insert, pieces_per_row
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -104,14 +105,14 @@ def by_pillow(data: bytes) -> Pixels:
         return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
 
 
-def in_rows(jpeg: bytes, offsets: tuple[int, ...], log: list[range] | None = None) -> RestartRows:
+def in_rows(jpeg: bytes, offsets: tuple[int, ...], log: list[list[Span]] | None = None) -> RestartRows:
     """A JPEG in memory, to be read in rows; `log` is told which pieces are read."""
     ends = (*offsets, len(jpeg))
 
-    def read(first: int, stop: int) -> bytes:
+    def read(spans: Sequence[Span]) -> bytes:
         if log is not None:
-            log.append(range(first, stop))
-        return jpeg[ends[first] : ends[stop]]
+            log.append(list(spans))
+        return b"".join(jpeg[ends[first] : ends[stop]] for first, stop in spans)
 
     return RestartRows(offsets, read)
 
@@ -142,8 +143,7 @@ def repeated_rows(jpeg: bytes, height: int) -> bytes:
     header = parse_header(data)
     head = bytearray(data[: offsets[1]])
     head[header.height_at : header.height_at + 2] = height.to_bytes(2, "big")
-    row = data[offsets[1] : offsets[2] - 2]
-    rows = -(-height // header.mcu_height)
-    return (
-        bytes(head) + b"".join(row + bytes([0xFF, 0xD0 + number % 8]) for number in range(rows - 1)) + row + b"\xff\xd9"
-    )
+    row = [data[start : end - 2] for start, end in itertools.pairwise(offsets[1 : 2 + pieces_per_row(header)])]
+    pieces = row * -(-height // header.mcu_height)
+    ends = [bytes([0xFF, 0xD0 + number % 8]) for number in range(len(pieces) - 1)] + [b"\xff\xd9"]
+    return bytes(head) + b"".join(piece + end for piece, end in zip(pieces, ends, strict=True))
