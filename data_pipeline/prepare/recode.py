@@ -35,7 +35,7 @@ def smaller(image: bytes, short_side: int, quality: int, grey: bool) -> bytes:
 
 
 def with_restart_rows(image: bytes) -> tuple[bytes, tuple[int, ...]]:
-    """The JPEG with a restart marker after every row of blocks, and where its pieces begin.
+    """The JPEG with restart markers after every row of blocks and within it, and where its pieces begin.
 
     Without offsets, and as it was, where it cannot take them; a pixel that would not be the same is no price for speed.
     """
