@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ import pytest
 
 if os.environ.get("CI") == "true":  # everything is installed there: a package that is missing is a failure, not a skip
     pytest.importorskip = lambda name, *_, **__: importlib.import_module(name)  # type: ignore[assignment]
+
+
+# A shell starts its background jobs with SIGINT ignored, and they hand that on; tests interrupt programs with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @functools.cache
