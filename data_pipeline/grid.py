@@ -58,17 +58,17 @@ class Cell:
 
 
 def draw_samples(config: DataConfig, sheet: Sheet) -> Image.Image:
-    """Images as the loader serves them in the first batch of an epoch, with the names of their classes.
+    """The first images of an epoch in order `global`, as training gets them, with the names of their classes.
 
-    Raises DataError where the data cannot be used, ValueError for settings that do not fit together.
+    What augment.place leaves to the device is made by the device's operations, here on the CPU. Raises DataError where the data cannot be used, ValueError for settings that do not fit together.
     """
+    from data_pipeline.device_changes import apply_changes
     from data_pipeline.loader import build_loader, open_split
 
     source = open_split(config, sheet.split)
     count = min(sheet.rows * sheet.columns, len(source))
     source.close()
-    augment = replace(config.augment, place="cpu")  # what a device would do to the batch is to be seen, too
-    config = replace(config, augment=augment, order="global", canonical_nodes=1, prefetch=0)
+    config = replace(config, order="global", canonical_nodes=1, prefetch=0)
     train = not sheet.evaluation
     with build_loader(
         config, sheet.split, train=train, global_batch_size=count, rank=0, world_size=1, seed=sheet.seed
@@ -76,7 +76,8 @@ def draw_samples(config: DataConfig, sheet: Sheet) -> Image.Image:
         loader.set_epoch(sheet.epoch)
         batch = next(iter(loader))
         names = loader.source.class_names
-    shown = zip(batch.images.numpy(), batch.labels.tolist(), batch.valid.tolist(), strict=True)
+    images = apply_changes(batch.images, batch.changes, config) if batch.changes else batch.images
+    shown = zip(images.numpy(), batch.labels.tolist(), batch.valid.tolist(), strict=True)
     cells = [Cell(image, ((names[label] if valid else "damaged", None),)) for image, label, valid in shown]
     how = "as evaluation sees it" if sheet.evaluation else f"epoch {sheet.epoch}, seed {sheet.seed}"
     return draw_sheet(cells, sheet.columns, f"{config.path}, {sheet.split}: {how}, {cells[0].pixels.shape[0]} px")

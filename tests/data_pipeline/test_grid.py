@@ -68,13 +68,24 @@ def test_samples_are_those_of_the_loader_s_first_batch(
     assert all((cell.pixels == image).all() for cell, image in zip(captions, batch.images.numpy(), strict=True))
 
 
-def test_what_a_device_would_do_to_the_batch_is_shown_too(shard_folder: Path, plain: AugmentConfig) -> None:
-    from dataclasses import replace
+def test_changes_of_a_device_are_drawn_by_the_device_s_operations(
+    shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_pipeline import grid
+    from data_pipeline.device_changes import apply_changes
+    from data_pipeline.loader import build_loader
 
-    config = DataConfig(path=str(shard_folder), num_classes=3, image_size=128, augment=plain, num_threads=0)
-    erased = replace(plain, random_erasing=1.0, erasing_mode="const", place="device")
-    sheets = [draw_samples(replace(config, augment=augment), Sheet("train")) for augment in (plain, erased)]
-    assert sheets[0].tobytes() != sheets[1].tobytes()
+    augment = AugmentConfig(three_augment=True, color_jitter=0.4, random_erasing=1.0, place="device")
+    config = DataConfig(path=str(shard_folder), num_classes=3, image_size=128, augment=augment, num_threads=0)
+    with build_loader(config, "train", train=True, global_batch_size=6, rank=0, world_size=1, seed=0) as loader:
+        loader.set_epoch(0)
+        batch = next(iter(loader))
+    expected = apply_changes(batch.images, batch.changes, config).numpy()
+    assert (expected != batch.images.numpy()).any(axis=(1, 2, 3)).all(), "every image is changed after the loader"
+    drawn: list[Cell] = []
+    monkeypatch.setattr(grid, "draw_sheet", lambda cells, columns, title: drawn.extend(cells))
+    draw_samples(config, Sheet("train", rows=2, columns=3))
+    assert all((cell.pixels == image).all() for cell, image in zip(drawn, expected, strict=True))
 
 
 def _prepared(tmp_path: Path, arguments: list[str]) -> Path:
