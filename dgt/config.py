@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import DataConfig
-from data_pipeline.config_file import ConfigError as ConfigError
-from data_pipeline.config_file import check_keys, read_with_bases, validated, with_overrides
+from data_pipeline.config_file import ConfigError, check_keys, read_with_bases, validated, with_overrides
 from dgt.models import ModelConfig
 from dgt.tasks import TaskConfig
 from dgt.training.checkpoint import CheckpointConfig
