@@ -18,7 +18,8 @@ _EXIF = b"Exif\0\0"
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(="|>)([0-9])')
 _ORIENTATION_TAG = 0x0112
-_SUBSAMPLINGS = {0x11: "444", 0x21: "422", 0x22: "420", 0x12: "440", 0x41: "411", 0x14: "441"}  # chroma being 1 x 1
+# (width, height) of chroma's samples, in those of luma
+_SUBSAMPLINGS = {(1, 1): "444", (2, 1): "422", (2, 2): "420", (1, 2): "440", (4, 1): "411", (1, 4): "441"}
 _BLOCK = 8  # pixels; JPEG transforms blocks of 8 x 8
 
 
@@ -81,9 +82,12 @@ class JpegHeader(NamedTuple):
         """ "444", "422", "420", "440", "411", "441" or "Gray"; "other" for what has no such name."""
         if self.components == 1:
             return "Gray"
-        first, chroma, black = self.sampling[0], self.sampling[1:3], self.sampling[3:]
-        named = chroma == b"\x11\x11" and black in (b"", self.sampling[:1])
-        return _SUBSAMPLINGS.get(first, "other") if named else "other"
+        luma, chroma, black = self.sampling[0], set(self.sampling[1:3]), self.sampling[3:]
+        if len(chroma) != 1 or black not in (b"", self.sampling[:1]):
+            return "other"
+        less = chroma.pop()
+        (wide, over), (tall, under) = divmod(luma >> 4, less >> 4), divmod(luma & 15, less & 15)
+        return "other" if over or under else _SUBSAMPLINGS.get((wide, tall), "other")
 
     @property
     def upright_size(self) -> tuple[int, int]:

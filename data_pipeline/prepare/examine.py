@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from data_pipeline import jpeg
 from data_pipeline.decode import DecodeError, decode_image
-from data_pipeline.shards.shard_index import SUBSAMPLINGS
 
 _ORIENTATION_TAG = 0x0112
 _EXTENSIONS = {"TIFF": "tif"}  # of Pillow's formats whose extension is not their name
@@ -67,16 +66,7 @@ def _jpeg_facts(data: bytes) -> ImageFacts:
         ROTATED: header.orientation != 1,
     }
     traits = tuple(trait for trait, present in found.items() if present)
-    return ImageFacts(header.width, header.height, _subsampling(data), "jpg", header.orientation, traits)
-
-
-def _subsampling(data: bytes) -> str:
-    try:
-        import simplejpeg
-    except ImportError:
-        return "other"
-    subsampling = simplejpeg.decode_jpeg_header(data)[3]
-    return subsampling if subsampling in SUBSAMPLINGS else "other"
+    return ImageFacts(header.width, header.height, header.subsampling, "jpg", header.orientation, traits)
 
 
 def _other_facts(data: bytes) -> ImageFacts:

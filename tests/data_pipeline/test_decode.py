@@ -13,6 +13,8 @@ from PIL import Image, ImageOps
 
 from data_pipeline import decode
 from data_pipeline.decode import DecodeError, Scratch, decode_image, open_image
+from data_pipeline.jpeg import parse_header
+from data_pipeline.prepare.examine import examine
 from data_pipeline.transforms import resize
 
 # The fast DCT and plain chroma upsampling may move a pixel of a smooth image by this much, not more.
@@ -352,3 +354,26 @@ def test_fuzzed_files_of_other_formats_give_pixels_or_a_decode_error(
         return
     assert pixels.dtype == np.uint8
     assert pixels.shape[2] == 3
+
+
+@pytest.mark.parametrize(
+    ("sampling", "name"),
+    [
+        *((sampling, kind.replace(":", "")) for kind, sampling in jpegs.SAMPLINGS.items() if kind[0] == "4"),
+        ("2x2,2x1,2x1", "440"),
+        ("2x2,1x2,1x2", "422"),
+        ("2x1,2x1,2x1", "444"),
+        ("2x1,1x2,1x1", "other"),
+        ("3x1,1x1,1x1", "other"),
+    ],
+)
+def test_the_header_alone_tells_the_subsampling(sampling: str, name: str) -> None:
+    data = jpegs.by_cjpeg(picture(), "-sample", sampling)
+    assert parse_header(data).subsampling == name
+    if name != "other":  # the two that have no name are refused by simplejpeg
+        assert examine(data).subsampling == name
+
+
+@pytest.mark.parametrize(("kind", "name"), [("gray of 2x2", "Gray"), ("CMYK", "444"), ("progressive", "420")])
+def test_the_subsampling_of_grey_cmyk_and_progressive_files(decoder: str, kind: str, name: str) -> None:
+    assert examine(jpegs.of_kind(kind)).subsampling == name
