@@ -60,7 +60,9 @@ class Cell:
 def draw_samples(config: DataConfig, sheet: Sheet) -> Image.Image:
     """The first images of an epoch in order `global`, as training gets them, with the names of their classes.
 
-    What augment.place leaves to the device is made by the device's operations, here on the CPU. Raises DataError where the data cannot be used, ValueError for settings that do not fit together.
+    What augment.place leaves to the device is made by the device's operations, here on the CPU.
+
+    Raises DataError where the data cannot be used, ValueError for settings that do not fit together.
     """
     from data_pipeline.device_changes import apply_changes
     from data_pipeline.loader import build_loader, open_split
