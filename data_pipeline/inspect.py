@@ -24,8 +24,10 @@ from data_pipeline.targets.check import SEGMENTATION
 from data_pipeline.targets.masks import MaskLabels
 from data_pipeline.targets.objects import ObjectLabels
 from data_pipeline.verify.betons import holds_betons, number_of_classes
+from data_pipeline.verify.cli import local_set
 
 _COLUMNS = ("size", "label", "width", "height", "subsampling", "orientation", "rows_count", "target_size")
+_GRID_OPTIONS = ("split", "rows", "columns", "epoch", "seed", "image_size", "evaluation", "config", "set_values")
 _MOST = 10_000
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _SHOWN_CLASSES = 20
@@ -44,13 +46,20 @@ exit codes: 0 done, and all files are there; 1 something is missing, or there is
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what a folder holds, or draw some of it; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if not arguments.grid:
+        ignored = [name for name in _GRID_OPTIONS if getattr(arguments, name) != parser.get_default(name)]
+        if ignored:
+            shown = ", ".join(f"--{name.removesuffix('_values').replace('_', '-')}" for name in ignored)
+            parser.error(f"{shown}: of use with --grid only")
     try:
         return _draw_grid(arguments) if arguments.grid else _print_set(arguments.set)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error.filename} cannot be used: {error.strerror or error}.", file=sys.stderr)
+        path = error.filename or arguments.grid or arguments.set
+        print(f"error: {path} cannot be used: {error.strerror or error}.", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     return 1
@@ -236,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("set", type=Path, metavar="SET", help="a folder made by `python -m data_pipeline.prepare`")
+    parser.add_argument("set", type=local_set, metavar="SET", help="a folder made by `python -m data_pipeline.prepare`")
     grid = parser.add_argument_group("contact sheet")
     grid.add_argument(
         "--grid",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from pathlib import Path
 
 from data_pipeline.config import DataConfig
 from data_pipeline.decode import DecodeError, decode_image
 from data_pipeline.progress import progress_bar
+from data_pipeline.shards import set_index
 from data_pipeline.shards.beton import BetonIndex, BetonSource, SplitFile, load_index, open_beton
 from data_pipeline.shards.beton_format import SUFFIX, read_contents, read_layout
 from data_pipeline.shards.files import sha256_of_file
@@ -21,8 +23,14 @@ _MOST_CLASSES = 10_000_000
 
 
 def holds_betons(folder: Path) -> bool:
-    """Whether a folder holds .beton files."""
-    return folder.is_dir() and any(folder.glob(f"*{SUFFIX}"))
+    """Whether a folder is a set of .beton files, and not one of tar shards into which such a file has strayed."""
+    if not (folder.is_dir() and any(folder.glob(f"*{SUFFIX}"))):
+        return False
+    try:
+        content = json.loads((folder / set_index.FILE_NAME).read_bytes())
+    except (OSError, ValueError):
+        return True
+    return not isinstance(content, dict) or content.get("format") != set_index.FORMAT
 
 
 def verify_betons(folder: Path, jobs: int, decode: bool) -> tuple[dict[str, int], list[Damage]]:

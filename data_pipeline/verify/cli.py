@@ -29,7 +29,7 @@ segmentation; that no key, image id or annotation id occurs twice in a split. Of
 index.json states them), metadata, allocation table, labels, and every image.
 
 exit codes: 0 sound; 1 damaged, or something is missing; 2 wrong usage; 3 there is no set that could be checked; 130
-interrupted.
+interrupted. Where the report could not be written it is 3, too, unless something is damaged.
 """
 
 
@@ -52,18 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         report = verify_set(arguments.set, arguments.jobs, arguments.decode)
-        status = _print_verdict(arguments.set, report, arguments.decode, time.monotonic() - started)
-        if arguments.json:
-            arguments.json.write_bytes(to_json(arguments.set, arguments.decode, report))
-        return status
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_UNCHECKED
     except OSError as error:
-        print(f"error: {error.filename} cannot be used: {error.strerror or error}.", file=sys.stderr)
+        print(f"error: {error.filename or arguments.set} cannot be used: {error.strerror or error}.", file=sys.stderr)
         return EXIT_UNCHECKED
     except KeyboardInterrupt:
+        print("interrupted; nothing can be said of the set.", file=sys.stderr)
         return EXIT_INTERRUPTED
+    status = _print_verdict(arguments.set, report, arguments.decode, time.monotonic() - started)
+    if arguments.json:
+        try:
+            arguments.json.write_bytes(to_json(arguments.set, arguments.decode, report))
+        except OSError as error:
+            print(f"error: {arguments.json} cannot be written: {error.strerror or error}.", file=sys.stderr)
+            return status or EXIT_UNCHECKED
+    return status
 
 
 def verify_set(folder: Path, jobs: int, decode: bool) -> Report:
@@ -73,8 +78,6 @@ def verify_set(folder: Path, jobs: int, decode: bool) -> Report:
     """
     from data_pipeline.verify import betons, tars
 
-    if "://" in str(folder):
-        raise DataError(f"{folder} is remote: verify the set where it lies on a disk, or copy it.")
     if betons.holds_betons(folder):
         samples, damages = betons.verify_betons(folder, jobs, decode)
         return Report("classification", samples, damages)
@@ -114,6 +117,21 @@ def _print_verdict(folder: Path, report: Report, decoded: bool, seconds: float) 
     return EXIT_DAMAGED
 
 
+def local_set(text: str) -> Path:
+    """A command's argument SET, which must be a folder on a disk."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is remote: look at the set where it lies on a disk, or copy it")
+    return Path(text)
+
+
+def _report_file(text: str) -> Path:
+    """A file that can be written, as far as can be told before hours of reading."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: give a file in a folder that is there")
+    return path
+
+
 def _threads(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= _MOST_THREADS:
         raise argparse.ArgumentTypeError(f"'{text}' is no number of threads; give 1 to {_MOST_THREADS}")
@@ -127,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("set", type=Path, metavar="SET", help="a folder made by `python -m data_pipeline.prepare`")
+    parser.add_argument("set", type=local_set, metavar="SET", help="a folder made by `python -m data_pipeline.prepare`")
     parser.add_argument(
         "--jobs",
         type=_threads,
@@ -141,5 +159,5 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="decode images and read targets (the default); without it, bytes are compared with the checksums only",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE, too, for programs to read")
+    parser.add_argument("--json", type=_report_file, metavar="FILE", help="write the report as JSON, too")
     return parser

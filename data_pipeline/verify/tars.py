@@ -101,16 +101,16 @@ class _ShardFindings:
 
 def verify_tars(folder: Path, index: SetIndex, jobs: int, decode: bool, advance: Advance) -> list[Damage]:
     """All damages of the set in `folder`, split by split. Raises DataError where a folder cannot be looked into."""
-    damages = []
+    damages: list[Damage] = []
     try:
         check = target_check(index.kind, len(index.classes), index.targets)
     except ValueError as error:
         return [Damage("index.json", "", str(error))]
+    damages += _strangers(folder, index)
     expected = _Expected(len(index.classes), str(index.targets.get("extension", "")), check, decode)
     for name, split in index.splits.items():
         problems = file_problems(folder / name, split)
         damages += [Damage(f"{name}/{file}", "", what) for file, what in problems]
-        damages += _strangers(folder / name, set(split.names))
         # an index that is missing is among the problems already
         missing = {file for file, what in problems if what == "is missing"}
         works = [
@@ -174,11 +174,13 @@ def _other_facts(facts: ImageFacts, sample: StoredSample) -> str | None:
     return None
 
 
-def _strangers(folder: Path, names: set[str]) -> Iterator[Damage]:
+def _strangers(folder: Path, index: SetIndex) -> Iterator[Damage]:
     """Shards that index.json does not know: whoever reads the folder by a pattern would take them in."""
-    for path in sorted(folder.glob("*.tar")):
-        if path.name not in names:
-            yield Damage(f"{folder.name}/{path.name}", "", "is no part of the set: index.json does not name it")
+    known = {folder / split / name for split, shards in index.splits.items() for name in shards.names}
+    for pattern in ("*.beton", "*.tar", "*/*.tar"):
+        for path in sorted(set(folder.glob(pattern)) - known):
+            what = "is no part of the set: index.json does not name it"
+            yield Damage(str(path.relative_to(folder)), "", what)
 
 
 def _repetitions(folder: Path, findings: list[_ShardFindings]) -> Iterator[Damage]:

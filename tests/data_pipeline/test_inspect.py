@@ -63,6 +63,33 @@ def test_what_is_no_shard_folder_is_said_in_one_sentence(
     assert "is one split of a data set" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["s3://bucket/set"], "s3://bucket/set is remote"),
+        (["SET", "--set", "image_size=3", "--epoch", "2"], "--epoch, --set: of use with --grid only"),
+        (["SET", "--evaluation"], "--evaluation: of use with --grid only"),
+        (["SET", "--grid", "out.gif"], "is no name of a picture"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_named(
+    shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = tmp_path / "full.png"
+    full.symlink_to("/dev/full")
+    assert main([str(shard_folder), "--grid", str(full), "--rows", "1"]) == 1
+    assert capsys.readouterr().err == f"error: {full} cannot be used: No space left on device.\n"
+
+
 def test_the_grid_is_written_with_the_settings_of_a_configuration(
     shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

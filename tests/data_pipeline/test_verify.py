@@ -204,6 +204,45 @@ def test_a_shard_that_the_index_does_not_name_is_found(copy: Path, capsys: pytes
     ]  # fmt: skip
 
 
+def test_shards_beside_the_splits_are_found_and_beton_files_among_them(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / "old").mkdir()
+    shutil.copy(copy / "val" / "shard-000000.tar", copy / "old" / "shard-000000.tar")
+    (copy / "train.beton").write_bytes(b"no part of this set")
+    assert main([str(copy)]) == 1
+    assert _damages(capsys) == [
+        "damaged: train.beton: is no part of the set: index.json does not name it",
+        "damaged: old/shard-000000.tar: is no part of the set: index.json does not name it",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["https://host/set"], "https://host/set is remote"),
+        (["SET", "--json", "/nowhere/report.json"], "/nowhere/report.json cannot be written"),
+        (["SET", "--json", "/"], "/ cannot be written"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_report_that_a_full_disk_refuses_hides_no_damage(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(copy), "--json", "/dev/full"]
+    assert main(arguments) == 3
+    assert "error: /dev/full cannot be written: No space left on device." in capsys.readouterr().err
+    (copy / "val" / "shard-000000.tar").unlink()
+    assert main(arguments) == 1
+    assert "val/shard-000000.tar: is missing" in capsys.readouterr().err
+
+
 def test_masks_are_read_and_compared_with_image_and_classes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], image_file
 ) -> None:
