@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import functools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -244,7 +245,7 @@ _SWATCH = 14
 
 def _wrapped(caption: Sequence[tuple[str, Colour | None]], width: int, most: int = 3) -> Iterator[_Line]:
     """The caption in at most `most` lines of `width` pixels; what does not fit is counted."""
-    pending = list(caption)
+    pending = [(part, colour) for text, colour in caption for part in ([text] if colour else _broken(text, width))]
     for number in range(most):
         line: _Line = []
         free = float(width)
@@ -262,6 +263,14 @@ def _wrapped(caption: Sequence[tuple[str, Colour | None]], width: int, most: int
             line.append((f"+{len(pending)}", None))
         if line:
             yield line
+
+
+def _broken(text: str, width: int) -> list[str]:
+    """The text as it is, or in two parts (the first at most `width` pixels wide) where a word or number ends."""
+    if _width(text) <= width:
+        return [text]
+    ends = [match.end() for match in re.finditer(r"[\s,_/-]+", text) if _width(text[: match.end()]) <= width]
+    return [text[: ends[-1]], text[ends[-1] :]] if ends else [text]
 
 
 def _write(draw: ImageDraw.ImageDraw, line: _Line, place: tuple[int, int]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.config import AugmentConfig, DataConfig
-from data_pipeline.grid import Cell, Sheet, colour_of, draw_samples, draw_sheet, draw_targets
+from data_pipeline.grid import Cell, Sheet, _broken, colour_of, draw_samples, draw_sheet, draw_targets
 from data_pipeline.shards import set_index
 from data_pipeline.shards.source import DataError
 
@@ -38,6 +38,23 @@ def test_a_caption_that_does_not_fit_is_counted_and_long_names_are_cut() -> None
     caption = tuple((f"class number {number}", colour_of(number)) for number in range(40))
     sheet = draw_sheet([Cell(_pixels((128, 128), (0, 0, 0)), (("x" * 100, None), *caption))], 1, "t" * 200)
     assert sheet.size == (128 + 2 * GAP, TITLE + 128 + 2 * GAP + 3 * 17)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("tench", ["tench"]),
+        ("American Staffordshire terrier", ["American ", "Staffordshire terrier"]),
+        ("n02093428_american_staffordshire", ["n02093428_", "american_staffordshire"]),
+        ("x" * 60, ["x" * 60]),
+    ],
+)
+def test_a_long_name_takes_a_second_line_and_is_broken_between_words(name: str, parts: list[str]) -> None:
+    assert _broken(name, 130) == parts
+    lines = len(parts)
+    assert draw_sheet([Cell(_pixels((130, 130), (0, 0, 0)), ((name, None),))], 1, "").height == (
+        TITLE + 130 + 2 * GAP + 17 * lines
+    )
 
 
 def test_classes_have_colours_of_their_own() -> None:
