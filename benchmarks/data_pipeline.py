@@ -3,9 +3,11 @@
 The work is the same for all: read a JPEG, decode it, random resized crop to 224x224, flip, collect uint8 batches; a
 whole shuffled epoch, from a warm page cache. Every contestant lives in a process of its own and has as many threads (or
 worker processes) as the others. Rounds are interleaved: each contestant serves one epoch per round while the others are
-idle, so that a busy moment of the machine meets all of them. Round 0 is not counted: it compiles, starts worker
-processes and warms the page cache. Ratios are to FFCV's Loader in the same round; tables show medians over the rounds
-with the least and the largest. CPU time per image, of all processes of a contestant, is less noisy than wall time.
+idle, so that a busy moment of the machine meets all of them; every other round goes backwards, and every second one
+begins with the next contestant, so that none has the same place or the same one before it throughout. Round 0 is not counted: it
+compiles, starts worker processes and warms the page cache. Ratios are to FFCV's Loader in the same round; tables show
+medians over the rounds with the least and the largest. CPU time per image, of all processes of a contestant, is less
+noisy than wall time.
 """
 
 from __future__ import annotations
@@ -152,7 +154,8 @@ def run_rounds(run: Run, name: str, files: Path, places: dict[str, Path], thread
             workers[contestant], run.versions[contestant] = worker, versions
         for number in range(run.options.rounds + 1):
             say(f"{where}: " + (f"round {number} of {run.options.rounds}" if number else "warming up"))
-            for contestant, worker in list(workers.items()):
+            for contestant in turns(list(workers), number):
+                worker = workers[contestant]
                 try:
                     epoch = worker.order(do="epoch", number=number, look=number == 0)
                 except ContestantError as error:
@@ -160,6 +163,13 @@ def run_rounds(run: Run, name: str, files: Path, places: dict[str, Path], thread
                     del workers[contestant]
                     continue
                 run.records.append({"set": name, "threads": threads, "contestant": contestant, "round": number} | epoch)
+
+
+def turns(contestants: Sequence[str], number: int) -> list[str]:
+    """The order of a round: each pair of rounds begins with the next contestant, and its second goes backwards."""
+    first = number // 2 % len(contestants) if contestants else 0
+    order = [*contestants[first:], *contestants[:first]]
+    return order[::-1] if number % 2 else order
 
 
 def say(text: str) -> None:
@@ -172,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=_INSTALL, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--images", type=int, default=1536, help="generated images; default %(default)s")
+    add("--images", type=int, default=1024, help="generated images; default %(default)s")
     add("--photos", type=Path, metavar="TAR", help="a tar of JPEG files as a second set of images")
     add("--threads", type=int, nargs="+", default=[1, 2], help="threads of every contestant; default 1 2")
     add("--rounds", type=int, default=5, help="interleaved rounds; default %(default)s")

@@ -253,3 +253,13 @@ def test_running_as_a_file_finds_the_package_and_not_itself(tmp_path: Path) -> N
     done = subprocess.run([sys.executable, str(path), "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "requirements-data-peers.txt" in done.stdout
+
+
+def test_no_contestant_keeps_its_place_or_its_predecessor() -> None:
+    names = ["a", "b", "c", "d"]
+    orders = [program.turns(names, number) for number in range(8)]
+    assert orders[:3] == [["a", "b", "c", "d"], ["d", "c", "b", "a"], ["b", "c", "d", "a"]]
+    assert all(sorted(order) == names for order in orders)
+    for name in names:
+        assert {order.index(name) for order in orders} == {0, 1, 2, 3}
+    assert program.turns([], 3) == []
