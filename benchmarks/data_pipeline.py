@@ -4,10 +4,10 @@ The work is the same for all: read a JPEG, decode it, random resized crop to 224
 whole shuffled epoch, from a warm page cache. Every contestant lives in a process of its own and has as many threads (or
 worker processes) as the others. Rounds are interleaved: each contestant serves one epoch per round while the others are
 idle, so that a busy moment of the machine meets all of them; every other round goes backwards, and every second one
-begins with the next contestant, so that none has the same place or the same one before it throughout. Round 0 is not counted: it
-compiles, starts worker processes and warms the page cache. Ratios are to FFCV's Loader in the same round; tables show
-medians over the rounds with the least and the largest. CPU time per image, of all processes of a contestant, is less
-noisy than wall time.
+begins with the next contestant, so that none has the same place or the same one before it throughout. Round 0 is
+not counted: it compiles, starts worker processes and warms the page cache. Ratios are to FFCV's Loader in the same
+round; tables show medians over the rounds with the least and the largest. CPU time per image, of all processes of a
+contestant, is less noisy than wall time.
 """
 
 from __future__ import annotations

@@ -193,7 +193,12 @@ def test_a_whole_run_measures_names_who_failed_and_writes_json_and_plot(
     assert {"machine", "commit", "versions", "command", "settings", "summary", "checks", "failures"} < set(content)
     assert [failure["contestant"] for failure in content["failures"]] == ["dali-cpu", "dali-cpu"]
     order = [(epoch["threads"], epoch["round"], epoch["contestant"]) for epoch in content["epochs"]]
-    assert order == [(threads, number, name) for threads in (1, 2) for number in range(3) for name in contestants[:2]]
+    assert order == [
+        (threads, number, name)
+        for threads in (1, 2)
+        for number in range(3)
+        for name in program.turns(contestants[:2], number)
+    ]
     for epoch in content["epochs"]:
         assert epoch["images"] == 16  # two whole batches of 20 images
         assert epoch["seconds"] > 0
