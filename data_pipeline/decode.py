@@ -189,6 +189,7 @@ class _Jpeg:
         self.size: Size = header.upright_size
 
     def region(self, box: Box, target: Size | None = None) -> Image:
+        """As Picture says; only what the box needs is read and decoded."""
         header = self._header
         orientation = header.orientation
         simplejpeg = _simplejpeg()

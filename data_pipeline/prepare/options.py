@@ -101,7 +101,12 @@ class BuildOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that all converters share."""
-    shards = parser.add_argument_group("shards")
+    _add_shard_arguments(parser.add_argument_group("shards"))
+    _add_image_arguments(parser.add_argument_group("images"))
+    _add_work_arguments(parser.add_argument_group("work"))
+
+
+def _add_shard_arguments(shards: argparse._ArgumentGroup) -> None:
     shards.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the shards")
     cut = shards.add_mutually_exclusive_group()
     cut.add_argument(
@@ -131,7 +136,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --format ffcv: hold this part of the images, 0 to 1, as pixels, which need no decoding and several "
         "times the bytes; default 0",
     )
-    images = parser.add_argument_group("images")
+
+
+def _add_image_arguments(images: argparse._ArgumentGroup) -> None:
     images.add_argument(
         "--max-size",
         type=checked(count),
@@ -158,7 +165,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="at an unreadable image: leave it out, report it and end with exit code 3 (skip, the default); "
         "or stop at once with exit code 1",
     )
-    work = parser.add_argument_group("work")
+
+
+def _add_work_arguments(work: argparse._ArgumentGroup) -> None:
     work.add_argument(
         "--jobs",
         type=checked(count),

@@ -180,6 +180,7 @@ def load(path: Path) -> ShardIndex:
 
 
 def unpack(data: bytes) -> ShardIndex:
+    """Read and check the bytes of a whole index file; raises ValueError saying what is wrong."""
     header = parse_header(data)
     if len(data) != header.file_bytes:
         raise ValueError(f"it has {len(data)} bytes instead of {header.file_bytes}")

@@ -177,6 +177,7 @@ class _Ranges:
         self.total: int | None = None
 
     def read(self) -> bytes:
+        """The next bytes of the file; none at its end."""
         stop = min(self._at + self._piece, self._end)
         if self._at >= stop:
             return b""
@@ -201,6 +202,7 @@ class _HttpAnswer:
         self.total: int | None = None
 
     async def begin(self) -> None:
+        """Send the request and wait for the answer's headers."""
         import aiohttp
 
         session = await self._fs.set_session()
