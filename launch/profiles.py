@@ -1,30 +1,105 @@
-"""Cluster profiles: what to ask a Slurm for, from a YAML file and the command line."""
+"""Cluster profiles: what to ask a Slurm for and what its nodes are like, from a YAML file and the command line.
+
+A profile is printed by --dry-run and stored in the run's folder, so it holds no secrets.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import json
+import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
+from data_pipeline.config_file import check_keys, validated
+from launch.cluster import ask
 from launch.runs import LaunchError
 
 PROFILES = Path(__file__).resolve().parents[1] / "slurm" / "profiles"
 DEFAULT = "generic"
 
+LONGEST_LEAD = 65535
+"""Seconds; the most that sbatch's --signal takes."""
+
+SECRET_NAME = re.compile(
+    r"(SECRET|PASSWORD|PASSWD|TOKENS?(?![A-Z])|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY)(?!.*_(FILE|PATH|DIR)$)",
+    re.I,
+)
+"""Finds names of variables that hold secrets; the path of a file with one is none, TOKENIZERS_PARALLELISM neither."""
+
+ASSIGNMENT = re.compile(r"(\w+)=[\"']?(?=[^\s\"'$`,])")
+"""NAME=VALUE in a line of shell, where the value is written out rather than taken from a variable or a command."""
+
+THE_LAUNCHERS = (
+    "array", "chdir", "comment", "dependency", "error", "job_name", "nodes", "no_requeue", "ntasks_per_node",
+    "open_mode", "output", "requeue", "signal",
+)  # fmt: skip
+"""Options of sbatch on which coming back from interruptions depends."""
+
+KEEP_SECRETS = (
+    "a profile is printed by --dry-run and stored in the run's folder. Export the variable in the shell before "
+    "submitting: sbatch hands it on"
+)
+
+
+@dataclass(frozen=True)
+class Health:
+    """The check of every node before the ranks start; a node that fails is excluded and the job requeued."""
+
+    enabled: bool = True
+    clock_skew: float = 5.0
+    """Seconds by which a node's clock may differ from the first node's."""
+    matmul_tflops: float | None = None
+    """Least that each GPU must reach in a bfloat16 matrix product, 10^12 operations/s; None measures nothing."""
+    allreduce_gb_s: float | None = None
+    """Least bus bandwidth of an all-reduce over all GPUs of the job, 10^9 bytes/s; None measures nothing."""
+    timeout: int = 120
+    """Seconds for the whole check."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "clock_skew", "matmul_tflops", "allreduce_gb_s", "timeout")
+
+
+@dataclass(frozen=True)
+class Detect:
+    """Where a profile is taken if none is named: all that is given must hold, and at least one must be given."""
+
+    cluster: str | None = None
+    """Slurm's ClusterName."""
+    hosts: str | None = None
+    """Regular expression for the whole name, with or without its domain, of the machine that submits."""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.hosts or "")
+        except re.error as error:
+            raise ValueError(f"hosts: {self.hosts!r} is no regular expression: {error}") from None
+
+    def fits(self, cluster: str | None, host: str) -> bool:
+        """Whether this is that cluster (None: unknown) and that machine."""
+        if self.cluster and self.cluster.lower() != (cluster or "").lower():
+            return False
+        if self.hosts and not any(re.fullmatch(self.hosts, name) for name in (host, host.split(".")[0])):
+            return False
+        return bool(self.cluster or self.hosts)
+
 
 @dataclass(frozen=True)
 class Profile:
-    """What sbatch is asked for; None leaves the cluster's own default."""
+    """What sbatch is asked for and what surrounds the ranks; None leaves the cluster's own default."""
 
     gpus_per_node: int = 8
     """GPUs of a node that a run uses, one process each."""
+    gpu_memory_gb: float | None = None
+    """Memory of one GPU, 10^9 bytes; a run that is estimated to need more is refused."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
+    reservation: str | None = None
     time: str | int | None = None
     """Limit of one attempt, in Slurm's notation or in minutes; the run goes on after it."""
     cpus_per_task: int | None = None
@@ -35,68 +110,204 @@ class Profile:
     """Nodes that are not to be used."""
     exclusive: bool = True
     """Ask for whole nodes."""
-    signal_lead: int = 120
-    """Seconds before the time limit at which the ranks are told to save and leave."""
+    mail: str | None = None
+    """Address that Slurm writes to when the job ends, fails or is requeued."""
+    after: tuple[str, ...] = ()
+    """Numbers of jobs that must have ended well before this one starts; from the command line only."""
+    signal_lead: int | None = None
+    """Seconds before the time limit at which the ranks are told to save and leave; None: the longest save that was
+    measured, and a minute."""
     max_retries: int = 3
     """Crashes in a row without a new checkpoint that are followed by another attempt."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables of every rank."""
+    modules: tuple[str, ...] = ()
+    """Loaded with "module load" before anything else."""
     setup: tuple[str, ...] = ()
     """Lines of shell that run before the ranks."""
+    container: str | None = None
+    """Image that the ranks run in."""
+    container_command: str | None = None
+    """What stands before a rank's python to run it in the container; {image} stands for the image."""
+    container_python: str = "python3"
+    """The container's Python."""
+    srun: tuple[str, ...] = ()
+    """Further arguments of the ranks' srun; {image} stands for the image."""
+    scratch: Mapping[str, float] = field(default_factory=dict)
+    """Path (the node's variables are filled in) -> GB, 10^9 bytes, that must be free there before the ranks start."""
+    health: Health = field(default_factory=Health)
+    detect: Detect = field(default_factory=Detect)
     sbatch: Mapping[str, Any] = field(default_factory=dict)
-    """Any other options of sbatch, by their long names."""
+    """Any other options of sbatch, by their long names; true for one without a value."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "gpus_per_node", "gpu_memory_gb", "cpus_per_task", "signal_lead")
+        if (self.signal_lead or 0) > LONGEST_LEAD:
+            raise ValueError(f"signal_lead: Slurm takes at most {LONGEST_LEAD} seconds, got {self.signal_lead}")
+        if self.max_retries < 0:
+            raise ValueError(f"max_retries: must be 0 or more, got {self.max_retries}")
+        for job in self.after:
+            if not re.fullmatch(r"\d+(_\d+)?", job):
+                raise ValueError(f"after: {job!r} is no job number, such as 1234, or 1234_5 in an array")
+        for path, free in self.scratch.items():
+            if not path.startswith(("/", "$")) or free < 0:
+                raise ValueError(
+                    f"scratch: expected an absolute path and the GB that must be free, got {path}: {free:g}"
+                )
+        _check_container(self)
+        _check_sbatch(self)
+        _check_secrets(self)
+
+
+def _positive(settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}: must be above 0, got {value}")
+
+
+def _check_container(profile: Profile) -> None:
+    uses = "{image}" in " ".join([profile.container_command or "", *profile.srun])
+    if profile.container and not uses:
+        raise ValueError(
+            f"container: nothing says how to run {profile.container}; set container_command, such as 'apptainer exec "
+            "--nv {image}', or srun: ['--container-image={image}'] where Slurm has pyxis"
+        )
+    if uses and not profile.container:
+        raise ValueError("container: container_command or srun use {image}; name one under container or by --container")
+
+
+def _check_sbatch(profile: Profile) -> None:
+    ours = {f.name for f in dataclasses.fields(profile) if f.default is None}
+    for option, value in profile.sbatch.items():
+        name = option.replace("-", "_")
+        if name in THE_LAUNCHERS:
+            raise ValueError(
+                f"sbatch: {option} is set by the launcher, which needs it to come back after interruptions"
+            )
+        if name in ours and getattr(profile, name) is not None:
+            raise ValueError(f"sbatch: {option} is given twice, here and as {name}; leave it out here")
+        if value is False or not isinstance(value, (str, int, float)):
+            raise ValueError(f"sbatch: {option}: expected a text, a number or true, got {value!r}")
+
+
+def _check_secrets(profile: Profile) -> None:
+    for name, value in profile.environment.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise ValueError(f"environment: {name!r} is no name of a variable")
+        if SECRET_NAME.search(name):
+            raise ValueError(f"environment: {name} looks like a secret, and {KEEP_SECRETS}")
+        if secret_in_url(value):
+            raise ValueError(f"environment: {name} carries a password in a URL, and {KEEP_SECRETS}")
+    options = [f"{name}={value}" for name, value in profile.sbatch.items()]
+    lines = {
+        "setup": profile.setup, "srun": profile.srun, "sbatch": options,
+        "container_command": [profile.container_command or ""], "container": [profile.container or ""],
+    }  # fmt: skip
+    for key, texts in lines.items():
+        for text in texts:
+            for name in ASSIGNMENT.findall(text):
+                if SECRET_NAME.search(name):
+                    raise ValueError(f"{key}: {name} looks like a secret, and {KEEP_SECRETS}")
+            if secret_in_url(text):
+                raise ValueError(f"{key}: there is a password in a URL, and {KEEP_SECRETS}")
+
+
+def secret_in_url(text: str) -> bool:
+    """Whether a URL in this text carries a password, or a query with what looks like a secret or a signature."""
+    if re.search(r"://[^/\s@]*:[^/\s]+@", text):
+        return True
+    queries = re.findall(r"://[^\s?]*\?(\S*)", text)
+    names = [pair.partition("=")[0] for query in queries for pair in re.split(r"[&;?]", query)]
+    return any(SECRET_NAME.search(name) or re.fullmatch(r"(x-\w+-)?sig(nature)?", name, re.I) for name in names)
 
 
 def load(name: str | None, overrides: Mapping[str, Any]) -> Profile:
     """The profile called `name` in slurm/profiles, or at the path `name`, with the `overrides` that are not None.
 
-    Without a name it is the generic one, or what this class says where the program was installed without that folder.
-    Raises LaunchError for an unknown profile, an unknown key or a value of the wrong type.
+    Without a name it is the one that is `detected`, else the generic one, or what `Profile` says where the program was
+    installed without that folder. Raises LaunchError for an unknown profile, ConfigError for what is wrong in it.
     """
-    path = PROFILES / f"{name or DEFAULT}.yaml"
-    if name and name.endswith((".yaml", ".yml")):
-        path = Path(name)
-    values = {} if name is None and not path.exists() else read(path)
-    values |= {key: value for key, value in overrides.items() if value is not None}
-    return Profile(**{**values, "setup": tuple(values.get("setup", ()))})
+    path = find(name)
+    values = read(path) if path else {}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    source = f"profile {path}" if path else "profile"
+    return validated(Profile, values | given, f"{source} with the command line's options" if given else source)
+
+
+def find(name: str | None) -> Path | None:
+    """The file of the profile that `load` would take; None where there are no profiles and none was named."""
+    if name is None:
+        generic = PROFILES / f"{DEFAULT}.yaml"
+        return detected() or (generic if generic.exists() else None)
+    return Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
+
+
+def detected() -> Path | None:
+    """The file whose `detect` fits this machine and its Slurm; None where none does.
+
+    Slurm is asked for its name only if a profile wants to know it. Raises LaunchError naming two that fit.
+    """
+    wishes = {}
+    for path in sorted(PROFILES.glob("*.yaml")):
+        values = read(path)
+        if "detect" in values:
+            wishes[path] = validated(Detect, values["detect"], f"profile {path}: detect")
+    cluster = cluster_name() if any(wish.cluster for wish in wishes.values()) else None
+    fitting = [path for path, wish in wishes.items() if wish.fits(cluster, socket.gethostname())]
+    if len(fitting) > 1:
+        names = " and ".join(path.stem for path in fitting)
+        raise LaunchError(f"the profiles {names} both fit this machine by their detect; name one with --profile")
+    return fitting[0] if fitting else None
+
+
+def cluster_name() -> str | None:
+    """Slurm's ClusterName; None where there is no Slurm or it does not answer."""
+    answer = ask("scontrol", "show", "config")
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", answer.stdout if answer else "", re.MULTILINE)
+    return found[1] if found else None
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The checked content of a profile's file."""
+    """The content of a profile's file, whose keys are known; values are checked with the command line's.
+
+    Raises LaunchError where the file cannot be read, ConfigError for an unknown key.
+    """
     import yaml
 
+    class AsWritten(yaml.SafeLoader):
+        """Leaves 12:00:00 and dates as they are written, where YAML would make a number of seconds of them."""
+
+    def whole(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | str:
+        return node.value if ":" in node.value else loader.construct_yaml_int(node)
+
+    AsWritten.add_constructor("tag:yaml.org,2002:int", whole)
+    AsWritten.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: node.value)
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        text = path.read_text("utf-8")
+        values = yaml.load(text, AsWritten)
+        texts = yaml.load(text, yaml.BaseLoader)
     except OSError as error:
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
         raise LaunchError(f"profile {path}: {error.strerror}; there are {known or 'none'} in {PROFILES}") from None
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise LaunchError(f"profile {path}: not valid YAML: {error}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
-        raise LaunchError(f"profile {path}: expected keys and values")
-    hints = get_type_hints(Profile)
-    for key, value in values.items():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(hints)}; others go under sbatch:"
-            raise LaunchError(f"profile {path}: unknown key {key}; {hint}")
-        check_type(path, key, value)
+        raise LaunchError(f"profile {path}: expected keys and values, got {values!r}")
+    check_keys(values, Profile, f"profile {path}")
+    if "after" in values:
+        raise LaunchError(f"profile {path}: after belongs to one submission; give it on the command line, --after JOB")
+    if isinstance(values.get("environment"), dict):
+        values["environment"] = texts["environment"]  # a shell sees no numbers and no booleans
     return values
 
 
-def check_type(path: Path, key: str, value: Any) -> None:
-    """Raises LaunchError where the value's type is not that of the field `key`."""
-    default = {f.name: f for f in dataclasses.fields(Profile)}[key]
-    numbers = ("gpus_per_node", "cpus_per_task", "signal_lead", "max_retries")
-    wanted: tuple[type, ...] = (str, int) if key in ("time", "mem") else (str,)
-    if key in numbers:
-        wanted = (int,)
-    elif key in ("environment", "sbatch"):
-        wanted = (dict,)
-    elif key == "setup":
-        wanted = (list,)
-    elif isinstance(default.default, bool):
-        wanted = (bool,)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-        names = " or ".join(kind.__name__ for kind in wanted)
-        raise LaunchError(f"profile {path}: {key} must be {names}, got {value!r}")
+def to_plain(profile: Profile) -> dict[str, Any]:
+    """The profile as JSON can hold it; `from_plain` reads it back to an equal one."""
+    return json.loads(json.dumps(dataclasses.asdict(profile)))
+
+
+def from_plain(values: Mapping[str, Any]) -> Profile:
+    """The profile that `to_plain` has written. Raises ConfigError where it is not one."""
+    return validated(Profile, values, "the profile in job.json")

@@ -1,4 +1,4 @@
-"""Snapshot, lock, layout, profiles, the ranks' variables, memory: the parts of the launcher, each alone."""
+"""Snapshot, lock, layout, the ranks' variables, memory: the parts of the launcher, each alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from dgt.config import load
 from dgt.training import checkpoint
-from launch import checks, cluster, demo, layout, local, memory, profiles, runs, snapshot, weights
+from launch import checks, cluster, demo, layout, local, memory, runs, snapshot, weights
 from launch.layout import Layout, Wish
 from launch.signals import STOP_SIGNALS, Noted
 
@@ -202,34 +202,6 @@ def test_wish_that_cannot_be_met_is_refused(wish: Wish, sentence: str, monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(runs.LaunchError, match=sentence):
         layout.choose(wish, 8)
-
-
-def test_generic_profile_is_what_the_class_says() -> None:
-    assert profiles.load("generic", {}) == profiles.Profile()
-    assert profiles.load(None, {"partition": "gpu", "time": None}) == profiles.Profile(partition="gpu")
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("partitoin: x", "unknown key partitoin; did you mean partition"),
-        ("gpus_per_node: eight", "gpus_per_node must be int, got 'eight'"),
-        ("exclusive: 1", "exclusive must be bool"),
-        ("cpus_per_task: true", "cpus_per_task must be int"),
-        ("- a", "expected keys and values"),
-        ("a: [", "not valid YAML"),
-    ],
-)
-def test_wrong_profile_is_named(text: str, sentence: str, tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text(text)
-    with pytest.raises(runs.LaunchError, match=sentence):
-        profiles.load(str(path), {})
-
-
-def test_unknown_profile_lists_the_known_ones() -> None:
-    with pytest.raises(runs.LaunchError, match="there are generic in"):
-        profiles.load("nowhere", {})
 
 
 STEP = {
