@@ -1,0 +1,352 @@
+"""What asking Slurm and arithmetic find out before a submission: whether the request can start at all, and end."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch import cluster
+from launch.layout import Layout, count
+from launch.profiles import Profile, secret_in_url
+from launch.runs import LaunchError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dgt.config import Config
+
+BESIDE_THE_ESTIMATE = 2e9
+"""Bytes on a GPU that launch.memory does not count: the CUDA context, NCCL's buffers, unused rests of the allocator."""
+MARGIN = 60
+"""Seconds by which a lead is longer than the save that it is for, and a time limit at least longer than its lead."""
+UNMEASURED_LEAD = 120
+"""Seconds of lead for a run that has not measured a save."""
+SAVE_SECONDS = "speed/save_seconds"
+"""Key of RUN/metrics.jsonl."""
+IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
+"""Kinds of file systems that are gone with the node and that no other node sees."""
+
+
+def seconds(time: str | int) -> float:
+    """A duration in Slurm's notation, or in minutes, as seconds; infinite for UNLIMITED and, as in sbatch, for 0.
+
+    minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds.
+    Raises LaunchError for anything else.
+    """
+    text = str(time).strip()
+    if text.upper() in ("UNLIMITED", "INFINITE"):
+        return math.inf
+    parts = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if parts is None:
+        raise LaunchError(f"time: {text!r} is no duration of Slurm's; write 90 (minutes), 12:00:00 or 2-12:00:00")
+    days, first, second, third = (int(part or 0) for part in parts.groups())
+    if parts[1] is None and parts[4] is None:
+        return first * 60 + second or math.inf
+    return days * 86400 + first * 3600 + second * 60 + third or math.inf
+
+
+def megabytes(mem: str | int) -> float:
+    """Memory in Slurm's notation, whose unit is MB where none is given. Raises LaunchError for anything else."""
+    parts = re.fullmatch(r"(\d+)([KMGTP]?)B?", str(mem).strip().upper())
+    if parts is None:
+        raise LaunchError(f"mem: {mem!r} is no amount of memory; write 64000 (MB), 64G, or 0 for all of a node's")
+    return int(parts[1]) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2, "P": 1024**3}[parts[2]]
+
+
+@dataclass(frozen=True)
+class Node:
+    """What Slurm's configuration says of a node, whatever state it is in."""
+
+    name: str
+    cpus: int
+    memory: int
+    """MB."""
+    gpus: int
+    features: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something that each of the job's nodes must have."""
+
+    met: Callable[[Node], bool]
+    words: str
+    """Goes on after "nodes that ..."."""
+    advice: str
+
+
+def partition(layout: Layout, profile: Profile) -> None:
+    """Raises LaunchError where the partition does not exist or would never start such a job, or Slurm does not answer.
+
+    Of several partitions, as in --partition=a,b, one must do. Nodes that are down count: they may come back.
+    """
+    known = partitions()
+    wanted = chosen_partitions(profile, known)
+    complaints = [next(obstacles(known[name], layout, profile), None) for name in wanted]
+    if all(complaints):
+        raise LaunchError(str(complaints[0]))
+
+
+def partitions() -> dict[str, dict[str, str]]:
+    """All partitions by name, each with the fields of `scontrol show partition`."""
+    rows = answer("scontrol", "show", "partition", "--all", "--oneliner").splitlines()
+    fields = [dict(word.split("=", 1) for word in row.split() if "=" in word) for row in rows]
+    return {row["PartitionName"]: row for row in fields if "PartitionName" in row}
+
+
+def answer(*command: str) -> str:
+    """What one of Slurm's commands prints. Raises LaunchError where there is none, or it fails or hangs."""
+    done = cluster.ask(*command)
+    if done is None:
+        raise LaunchError(
+            f"`{' '.join(command)}` gave no answer within {cluster.SLURM_TIMEOUT} s, or is not installed here; submit "
+            "from a machine of the cluster, or try again when Slurm answers"
+        )
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise LaunchError(f"Slurm does not answer `{' '.join(command)}`: {said}; try again when it does")
+    return done.stdout
+
+
+def chosen_partitions(profile: Profile, known: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The partitions that sbatch would choose among. Raises LaunchError for one that there is not."""
+    asked = profile.partition or profile.sbatch.get("partition") or os.environ.get("SBATCH_PARTITION")
+    names = str(asked).split(",") if asked else [n for n, fields in known.items() if fields.get("Default") == "YES"]
+    listed = ", ".join(sorted(known)) or "none"
+    if not names:
+        raise LaunchError(f"Slurm has no default partition; choose one with --partition: {listed}")
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {listed}"
+            raise LaunchError(f"partition {name} does not exist in this Slurm; {hint}")
+    return names
+
+
+def obstacles(fields: Mapping[str, str], layout: Layout, profile: Profile) -> Iterator[str]:
+    """Why the partition with these fields would not run the job, one sentence each."""
+    name = fields["PartitionName"]
+    yield from refused_by_rules(fields, layout, profile)
+    nodes = nodes_of(name)
+    total, words = len(nodes), []
+    for need in needs(layout, profile, nodes):
+        meeting = [node for node in nodes if need.met(node)]
+        if len(meeting) < len(nodes):
+            words.append(need.words)
+        nodes = meeting
+        if len(nodes) < layout.nodes:
+            yield (
+                f"partition {name}: nodes that {' and '.join(words)}: {len(nodes)} of {total}, and {layout.nodes} "
+                f"wanted; {need.advice}"
+            )
+            return
+
+
+def refused_by_rules(fields: Mapping[str, str], layout: Layout, profile: Profile) -> Iterator[str]:
+    """What the partition's own settings forbid."""
+    name = fields["PartitionName"]
+    if fields.get("State", "UP") != "UP":
+        yield f"partition {name} is {fields['State']}: it starts no jobs; choose another with --partition, or wait"
+    for key, asked, option in (("AllowAccounts", profile.account, "--account"), ("AllowQos", profile.qos, "--qos")):
+        allowed = fields.get(key, "ALL")
+        if asked and allowed != "ALL" and asked.lower() not in allowed.lower().split(","):
+            yield f"partition {name} does not admit {option} {asked}; it admits {allowed}"
+    total = number(fields.get("TotalNodes", "UNLIMITED"))
+    if layout.nodes > total:
+        yield f"partition {name} has {count(int(total), 'node')}, and {layout.nodes} are wanted; lower --nodes"
+    if profile.qos:
+        return  # a QOS may have been given the right to exceed the rest (PartitionMaxNodes, PartitionTimeLimit)
+    most, longest = number(fields.get("MaxNodes", "UNLIMITED")), fields.get("MaxTime", "UNLIMITED")
+    if layout.nodes > most:
+        yield f"partition {name} gives a job at most {count(int(most), 'node')}, not {layout.nodes}; lower --nodes"
+    if profile.time is not None and seconds(profile.time) > seconds(longest):
+        yield (
+            f"partition {name} allows at most {longest}, and the time limit asked for is {profile.time}; lower --time: "
+            "the run goes on by itself after it"
+        )
+
+
+def number(text: str) -> float:
+    """A limit as Slurm prints it."""
+    return float(text) if text.isdigit() else math.inf
+
+
+def nodes_of(partition: str) -> list[Node]:
+    """The partition's nodes."""
+    rows = answer("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%c|%m|%G|%f").splitlines()
+    found = []
+    for row in rows:
+        name, cpus, memory, gres, features = row.split("|")
+        listed = frozenset() if features == "(null)" else frozenset(features.split(","))
+        found.append(Node(name.strip(), leading_number(cpus), leading_number(memory), gpus_in(gres), listed))
+    return found
+
+
+def leading_number(text: str) -> int:
+    """The number that a text such as "64+" begins with."""
+    digits = re.match(r"\s*(\d+)", text)
+    return int(digits[1]) if digits else 0
+
+
+def gpus_in(gres: str) -> int:
+    """GPUs in a list of generic resources such as "gpu:h100:8(S:0-1),nvme:1"."""
+    total = 0
+    for entry in re.sub(r"\([^)]*\)", "", gres).split(","):
+        kind, *rest = entry.strip().split(":")
+        if kind == "gpu":
+            total += int(rest[-1]) if rest and rest[-1].isdigit() else 1
+    return total
+
+
+def needs(layout: Layout, profile: Profile, nodes: list[Node]) -> Iterator[Need]:
+    """What every node of the job must have; `nodes` are those of the partition, for advice."""
+    if profile.exclude and "/" not in profile.exclude:  # with a slash it names a file
+        excluded = set(cluster.hostnames(profile.exclude))
+        yield Need(
+            lambda node: node.name not in excluded, "are not excluded", f"--exclude {profile.exclude} leaves too few"
+        )
+    if layout.use_gpus:
+        gpus, most = layout.processes_per_node, max((node.gpus for node in nodes), default=0)
+        yield Need(
+            lambda node: node.gpus >= gpus,
+            f"have {count(gpus, 'GPU')} or more",
+            f"lower --gpus-per-node (the most that one of its nodes has is {most})",
+        )
+    each, most_cpus = profile.cpus_per_task or 1, max((node.cpus for node in nodes), default=0)
+    cpus = layout.processes_per_node * each
+    yield Need(
+        lambda node: node.cpus >= cpus,
+        f"have {count(cpus, 'CPU')} or more ({count(layout.processes_per_node, 'process')} x {each})",
+        f"lower --cpus-per-task (the most that one of its nodes has is {most_cpus} for all its processes)",
+    )
+    if profile.mem is not None and megabytes(profile.mem):
+        asked, most_mem = megabytes(profile.mem), max((node.memory for node in nodes), default=0)
+        yield Need(
+            lambda node: node.memory >= asked,
+            f"have {asked:.0f} MB of memory or more",
+            f"lower --mem (the most that one of its nodes has is {most_mem} MB); 0 asks for all of a node's",
+        )
+    yield from feature_needs(profile.constraint, frozenset().union(*(node.features for node in nodes)))
+
+
+def feature_needs(constraint: str | None, known: frozenset[str]) -> Iterator[Need]:
+    """The need for features, where the constraint is a list of names joined by & (or a comma) alone, or by | alone.
+
+    Slurm understands more than that, such as counts and brackets; those are left to it.
+    """
+    if not constraint or not re.fullmatch(r"[\w.+-]+(?:[&,][\w.+-]+)*|[\w.+-]+(?:\|[\w.+-]+)*", constraint):
+        return
+    names = set(re.split(r"[&,|]", constraint))
+    enough = any if "|" in constraint else all
+    listed = ", ".join(sorted(known)) or "none"
+    yield Need(
+        lambda node: enough(name in node.features for name in names),
+        f"have the features of --constraint {constraint}",
+        f"features of its nodes: {listed}",
+    )
+
+
+def time_allows_lead(profile: Profile, lead: int) -> None:
+    """Raises LaunchError where the time limit is so short that an attempt is told to stop as soon as it starts.
+
+    `lead`: seconds before the limit at which it is told.
+    """
+    if profile.time is not None and seconds(profile.time) <= lead + MARGIN:
+        raise LaunchError(
+            f"time: an attempt of {profile.time} ({seconds(profile.time):.0f} s) would be told to stop {lead} s before "
+            f"its end, as soon as it starts; ask for more than {lead + MARGIN} s, or lower --signal-lead"
+        )
+
+
+def memory(config: Config, layout: Layout, network: nn.Module, profile: Profile) -> None:
+    """Raises LaunchError where a rank is estimated to need more than the profile's GPU has."""
+    if profile.gpu_memory_gb is None or not layout.use_gpus:
+        return
+    from launch.memory import estimate
+
+    needed = (estimate(config, network, layout.ranks).total + BESIDE_THE_ESTIMATE) / 1e9
+    if needed > profile.gpu_memory_gb:
+        ways = ["lower steps.micro_batch_size"]
+        ways += ["set engine.activation_checkpointing"] if config.engine.activation_checkpointing == "none" else []
+        ways += ["set engine.name=fsdp"] if config.engine.name != "fsdp" and layout.ranks > 1 else []
+        raise LaunchError(
+            f"a rank is estimated to need {needed:.1f} GB ({BESIDE_THE_ESTIMATE / 1e9:g} of them for CUDA, NCCL and "
+            f"the allocator), and the profile's GPU has {profile.gpu_memory_gb:g} GB; {', or '.join(ways)}"
+        )
+
+
+def signal_lead(profile: Profile, run: Path) -> int:
+    """Seconds before the time limit at which the ranks are told to save: the profile's, else from what was measured.
+
+    That is the longest save in the run's metrics.jsonl and a minute.
+    """
+    if profile.signal_lead is not None:
+        return profile.signal_lead
+    longest = max(measured_saves(run / "metrics.jsonl"), default=None)
+    return UNMEASURED_LEAD if longest is None else math.ceil(longest) + MARGIN
+
+
+def measured_saves(metrics: Path) -> Iterator[float]:
+    """Seconds of every save that a run has logged; lines that a stopped writer left unfinished are skipped."""
+    try:
+        lines = metrics.read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        if SAVE_SECONDS not in line:
+            continue
+        try:
+            value = json.loads(line)[SAVE_SECONDS]
+        except (ValueError, TypeError, KeyError):
+            continue
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            yield value
+
+
+def no_secrets(config: Config) -> None:
+    """Raises LaunchError where a URL in the configuration carries a password or a signature."""
+    from data_pipeline.shards.storage import without_secrets
+    from dgt.training.run_folder import plain
+
+    for key, value in texts(plain(config)):
+        if secret_in_url(value):
+            raise LaunchError(
+                f"{key}: {without_secrets(value)} is given with a password or a signature, and the configuration is "
+                "printed and stored in the run's folder; keep credentials in the environment, ~/.netrc or "
+                "~/.aws/credentials"
+            )
+
+
+def texts(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in nested plain values."""
+    if isinstance(values, Mapping):
+        for key, below in values.items():
+            yield from texts(below, f"{path}.{key}" if path else str(key))
+    elif isinstance(values, list):
+        for below in values:
+            yield from texts(below, path)
+    elif isinstance(values, str):
+        yield path, values
+
+
+def shared_folder(run: Path, nodes: int) -> str | None:
+    """A warning where several nodes would hardly see the same folder of the run; None where nothing says so."""
+    from data_pipeline.shards.cache import _file_system_kind
+
+    if nodes == 1:
+        return None
+    kind = _file_system_kind(run.absolute())
+    if kind in IN_MEMORY:
+        where = f"in the memory of this machine ({kind})"
+    elif run.resolve().is_relative_to(Path("/tmp").resolve()):
+        where = "under /tmp, which is each machine's own as a rule"
+    else:
+        return None
+    return f"output_dir: {run} is {where}; the {nodes} nodes need a folder on a file system that all of them see"
