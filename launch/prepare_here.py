@@ -13,6 +13,7 @@ from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 
 from launch import cluster, local, prepare_job, runs
+from launch.layout import count
 from launch.prepare_job import PrepareJob
 from launch.signals import Noted
 
@@ -33,7 +34,7 @@ def run(job: PrepareJob, max_retries: int = 0) -> int:
         code = prepare_job.take_snapshot(job)
         logs = job.folder / "logs"
         logs.mkdir(exist_ok=True)
-        local.say(f"{job.out}: {job.parts} parts, {at_once} at once; logs in {logs}")
+        local.say(f"{job.out}: {count(job.parts, 'part')}, {at_once} at once; logs in {logs}")
         noted = Noted().install()
         try:
             crew = Crew(lambda work: start_part(job, code, work, logs, lock), at_once, max_retries, noted, logs)

@@ -35,6 +35,7 @@ if not __package__:  # started as a file: what is imported must come from beside
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
 
 from launch import batch_script, cluster, runs, slurm_queue, snapshot
+from launch.layout import count
 from launch.runs import LaunchError
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def show(job: PrepareJob, profile: Profile) -> str:
 
 def described(job: PrepareJob) -> str:
     """The job in a sentence."""
-    return f"{job.out}: {job.parts} parts, then a merge; code, scripts and logs in {job.folder}"
+    return f"{job.out}: {count(job.parts, 'part')}, then a merge; code, scripts and logs in {job.folder}"
 
 
 def submit(job: PrepareJob, profile: Profile) -> tuple[str, str]:
@@ -233,7 +234,7 @@ def submit(job: PrepareJob, profile: Profile) -> tuple[str, str]:
             cluster.ask("scancel", array)
             raise LaunchError(f"the merge was refused, so the parts (job {array}) are cancelled: {error}") from None
         note(job, token, array, merge)
-    print(f"{job.out}: Slurm job array {array} makes {job.parts} parts, job {merge} merges them")
+    print(f"{job.out}: Slurm job array {array} makes {count(job.parts, 'part')}, job {merge} merges them")
     print(f"  logs    {job.folder / 'logs'} (part-*.log, merge.log)")
     print(f"  state   squeue --jobs={array},{merge}")
     print(f"  stop    scancel {array} {merge}; the same command goes on: finished shards are kept")

@@ -73,7 +73,8 @@ def test_command_line_is_understood_as_the_converters_do(tmp_path: Path, monkeyp
     assert found.arguments == ("imagenet", "--src", "raw", "--out", "data/../in1k", "--jobs", "3")
     assert (found.out, found.folder) == (tmp_path / "in1k", tmp_path / "in1k.prepare")
     assert (found.parts, found.source, found.processes) == (4, Path("raw"), 3)
-    assert prepare_job.parse(["synthetic", "--out", "x", "--images", "8"], 1).source is None
+    made = prepare_job.parse(["synthetic", "--out", "x", "--images", "8"], 1)
+    assert (made.source, made.processes) == (None, 1)
 
 
 @pytest.mark.parametrize(
