@@ -38,6 +38,8 @@ class Config:
     """The run's name; its folder is `output_dir`/`name`."""
     output_dir: str = "runs"
     """Folder of all runs; on a cluster a file system that every node sees."""
+    output_mode: str = "700"
+    """Permissions of a run's folder when it is made, octal; 750 lets a group read it."""
     seed: int = 0
     """Key of every random draw: initial weights, sample order, augmentation, mixing, drop path."""
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -55,6 +57,11 @@ class Config:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"name: {self.name!r} is no folder name; use letters, digits, '.', '_' and '-'")
+        if not re.fullmatch(r"7[0-7]{2}", self.output_mode):
+            raise ValueError(
+                f"output_mode: must be three octal digits of which the first is 7, such as 700 or 750 (without a 0 in "
+                f"front, which YAML reads as another number), got {self.output_mode!r}"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: must lie in [0, 2**32), got {self.seed}")
         if self.mixing.enabled and self.steps.micro_batch_size % 2:
@@ -88,6 +95,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def from_dict(values: Mapping[str, Any], source: str = "configuration") -> Config:
     """Validates nested plain `values` into a `Config`; `source` is named in errors. Raises `ConfigError`."""
+    mode = values.get("output_mode")
+    if type(mode) is int:  # what YAML reads where the digits stand without quotes
+        values = {**values, "output_mode": str(mode)}
     return validated(Config, values, source)
 
 

@@ -145,6 +145,18 @@ def test_a_value_out_of_range_is_named_with_section_and_field(section: str, key:
     assert str(caught.value) == f"source: {section}: {key}: {message}"
 
 
+@pytest.mark.parametrize("text", ["750", "'750'", "0750", "0o750", "75", "570", "7500", "abc", "true"])
+def test_the_permissions_of_a_run_folder_are_three_octal_digits_with_or_without_quotes(
+    tmp_path: Path, text: str
+) -> None:
+    path = write(tmp_path / "this.yaml", "{}")
+    if text.strip("'") == "750":
+        assert load(path, [f"output_mode={text}"]).output_mode == "750"
+    else:
+        with pytest.raises(ConfigError, match="output_mode"):
+            load(path, [f"output_mode={text}"])
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_no_draw_can_be_keyed_by_is_refused(seed: int) -> None:
     with pytest.raises(ConfigError, match=r"seed: must lie in \[0, 2\*\*32\)"):

@@ -1,20 +1,43 @@
-"""Requests to stop: signals set a flag, and all ranks act on it together at the next safe point."""
+"""Requests to stop: signals and the deadline are noted, and all ranks act on them together at the next safe point."""
 
 from __future__ import annotations
 
 import signal
+import time
+from collections.abc import Callable
 from types import FrameType
 
 from dgt.training.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
+SAVES_BEFORE_DEADLINE = 2.0
+"""Longest saves that must fit before the deadline: the step under way comes first, and a shared file system is slower
+when many jobs end at once."""
+SECONDS_BEFORE_DEADLINE = 10.0
+"""Seconds besides, in which the processes of all ranks end."""
+SHARE_BEFORE_DEADLINE = 0.5
+"""Share of the time until the deadline that both take at most; else a job shorter than that would never train."""
+
 
 class Interruption:
-    """Notes SIGTERM, SIGUSR2 (a scheduler's notice) and SIGINT (Ctrl-C); a second SIGINT ends the process at once."""
+    """Notes SIGTERM, SIGUSR2 (a scheduler's notice) and SIGINT (Ctrl-C); a second SIGINT ends the process at once.
 
-    def __init__(self) -> None:
+    `deadline`: when the scheduler ends the job, as of time.time(); some time before it the ranks stop as if SIGUSR2 had
+    come, because that notice can be late or missing. `announce` is called with the signal, once and on rank 0 alone,
+    as soon as all ranks have agreed to stop.
+    """
+
+    def __init__(self, deadline: float | None = None, announce: Callable[[int], None] | None = None) -> None:
+        self.deadline, self.announce = deadline, announce
+        self.allowance = 0.0 if deadline is None else max(0.0, SHARE_BEFORE_DEADLINE * (deadline - time.time()))
         self.received = 0
+        """The first signal that came to this process."""
+        self.interrupts = 0
+        self.longest_save = 0.0
+        """Seconds that the longest save took."""
+        self.decided = 0
+        """The signal that all ranks have agreed to obey; later ones change nothing."""
 
     def install(self) -> None:
         """Takes over the signals from here on."""
@@ -23,11 +46,29 @@ class Interruption:
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         """The handler: remembers the signal and does nothing else."""
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
-        self.received = number
+        if number == signal.SIGINT:
+            self.interrupts += 1
+            if self.interrupts > 1:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                signal.raise_signal(signal.SIGINT)
+        self.received = self.received or number
+
+    def note_save(self, seconds: float) -> None:
+        """Learns how long a save took; the last one before the deadline may take as long."""
+        self.longest_save = max(self.longest_save, seconds)
+
+    def is_time_to_save(self) -> bool:
+        """Whether the deadline is so near that the last save should begin."""
+        if self.deadline is None:
+            return False
+        needed = SAVES_BEFORE_DEADLINE * self.longest_save + SECONDS_BEFORE_DEADLINE
+        return time.time() >= self.deadline - min(needed, self.allowance)
 
     def agreed(self, world: World) -> int:
-        """The signal any rank has received, the same answer on every rank; 0 where there is none."""
-        return world.agree_max(self.received)
+        """The signal that all ranks obey, the same answer on every rank; 0 where nobody has asked them to stop."""
+        if not self.decided:
+            wish = self.received or (int(signal.SIGUSR2) if self.is_time_to_save() else 0)
+            self.decided = world.agree_max(wish)
+            if self.decided and self.announce and world.is_main:
+                self.announce(self.decided)
+        return self.decided

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import resource
+import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dgt.training import events
 from dgt.training.checkpoint import write_durably
 from dgt.training.run_folder import RunFolder
+from dgt.training.state import Outcome
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -34,6 +37,10 @@ PEAK_FLOPS = {
 """Dense bfloat16 operations per second by a part of the device's name, from NVIDIA's data sheets (SXM forms)."""
 
 
+SAVE_SECONDS = "speed/save_seconds"
+"""Name of the seconds that a checkpoint took, from the first tensor to its commit."""
+
+
 @dataclass(frozen=True)
 class MonitorConfig:
     """What is reported, and how often."""
@@ -42,6 +49,9 @@ class MonitorConfig:
     """Report after every this many optimizer steps."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    log_samples: bool = False
+    """Write the sample ids of every step to samples/rank-N.jsonl, to prove that each sample was used exactly once an
+    epoch."""
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
@@ -81,7 +91,12 @@ class Monitor:
         self.seconds = self.waited = 0.0
         self.steps = self.macs = 0
         self.folder = folder
+        self.resumed = resumed
+        self.longest_save = 0.0
+        """Seconds that the longest save of earlier attempts took."""
         self.curves: SummaryWriter | None = None
+        self.plotted = resumed.step - resumed.evaluation_is_due
+        """The last step whose points are in TensorBoard and stay there."""
         self.has_failed = False
         if is_main:
             self.continue_from(resumed)
@@ -90,12 +105,14 @@ class Monitor:
         """Forgets what was reported after the step that the run resumes from."""
         try:
             kept = forget_after(self.folder.metrics, resumed)
+            self.longest_save = max((row.get(SAVE_SECONDS, 0.0) for row in kept.values()), default=0.0)
             if resumed.evaluation_is_due:
                 # TensorBoard forgets whole steps: this one is written again, without the evaluation that is to come.
                 self.open_curves(resumed.step)
                 self.plot(resumed.step, kept.get(resumed.step, {}))
             else:
                 self.open_curves(resumed.step + 1)
+            self.tell_events(resumed.step)
         except OSError as error:
             self.failed("earlier metrics could not be read or written", error)
 
@@ -116,6 +133,21 @@ class Monitor:
             for name, value in scalars.items():
                 self.curves.add_scalar(name, value, step)
             self.curves.flush()
+            self.plotted = step
+
+    def tell_events(self, step: int, ending: str = "") -> None:
+        """Puts the launcher's events into TensorBoard as a table, with the attempt's `ending` below where it has one.
+
+        Where an attempt begins, a point of the curve run/attempt counts the attempts. Without a launcher there are no
+        events, and nothing is written.
+        """
+        told = events.read(self.folder.events)
+        if self.curves is None or not told:
+            return
+        self.curves.add_text("run/events", events.as_table(told, ending), step)
+        if not ending and (attempts := events.attempts(told)):
+            self.curves.add_scalar("run/attempt", attempts, step)
+        self.curves.flush()
 
     def failed(self, what: str, error: OSError) -> None:
         """Says what could not be reported; the run goes on."""
@@ -156,6 +188,22 @@ class Monitor:
             log.info("evaluation after step %d:  %s", step, shown)
             self.write(step, {f"val/{name}": value for name, value in metrics.items()})
 
+    def saved(self, step: int, seconds: float) -> None:
+        """Reports how long the checkpoint of `step` took.
+
+        A save at the step that the run resumed from only replaced the manifest, which says nothing about the next one.
+        """
+        if self.is_main and step != self.resumed.step:
+            self.write(step, {SAVE_SECONDS: seconds})
+
+    def conclude(self, outcome: Outcome) -> None:
+        """Adds to the events in TensorBoard how this attempt ended."""
+        stopped = f"was stopped by {signal.Signals(outcome.signal).name}" if outcome.signal else "finished the training"
+        try:
+            self.tell_events(outcome.step, f"This attempt {stopped} after step {outcome.step}.")
+        except OSError as error:
+            self.failed("the end of this attempt could not be written", error)
+
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and one point per TensorBoard curve; a full disk costs points, not the run."""
         try:
@@ -163,7 +211,7 @@ class Monitor:
             separator = ""
             if self.has_failed:
                 separator = "\n" if is_cut(self.folder.metrics) else ""
-                self.open_curves(step)
+                self.open_curves(max(step, self.plotted + 1))  # what is there of this attempt stays
                 self.has_failed = False
             with self.folder.metrics.open("a") as file:
                 file.write(separator + json.dumps({"step": step, **finite}) + "\n")
@@ -221,6 +269,8 @@ def memory_gb() -> float:
 
 def is_cut(path: Path) -> bool:
     """Whether the file's last line is not whole."""
+    if not path.exists():
+        return False
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - 1, 0))
         return file.read(1) not in (b"", b"\n")
@@ -229,9 +279,10 @@ def is_cut(path: Path) -> bool:
 def forget_after(metrics: Path, resumed: Resumed) -> dict[int, dict[str, float]]:
     """Drops from metrics.jsonl, at once, what comes after `resumed`, and lines that a kill or full disk has cut off.
 
-    Returns what is left of the training steps, by step.
+    Returns what is left beside evaluations, by step.
     """
-    kept, training = [], {}
+    kept: list[str] = []
+    training: dict[int, dict[str, float]] = {}
     for line in metrics.read_text().splitlines() if metrics.exists() else ():
         try:
             row = json.loads(line)
@@ -242,7 +293,8 @@ def forget_after(metrics: Path, resumed: Resumed) -> dict[int, dict[str, float]]
             continue
         kept.append(line + "\n")
         if not evaluated:
-            training[step] = {name: math.nan if value is None else value for name, value in row.items()}
+            scalars = {name: math.nan if value is None else value for name, value in row.items()}
+            training.setdefault(step, {}).update(scalars)  # a step and the save after it have a row each
     if metrics.exists():
         write_durably(metrics, "".join(kept))
     return training

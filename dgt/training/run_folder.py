@@ -2,9 +2,11 @@
 
 OUTPUT_DIR/NAME/
     config.yaml      the resolved configuration
-    metrics.jsonl    one line per logged step and per evaluation
+    metrics.jsonl    one line per logged step, per evaluation and per checkpoint
+    events.jsonl     why every attempt started and stopped; written by the launcher, see dgt/training/events.py
     quarantine.jsonl one line per damaged sample that was met (data_pipeline/quarantine.py); absent while there is none
     tensorboard/     the same as curves
+    samples/         the sample ids of every step (dgt/training/sample_log.py); only with monitor.log_samples
     checkpoints/     see dgt/training/checkpoint.py
     logs/            one file per rank, appended by every attempt
 """
@@ -22,6 +24,7 @@ from dgt.training.checkpoint import write_durably
 MAY_CHANGE = (
     "name",
     "output_dir",
+    "output_mode",
     "engine.name",
     "engine.threads",
     "engine.activation_checkpointing",
@@ -61,6 +64,16 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object per line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """The launcher's story of the run, one JSON object per line."""
+        return self.path / "events.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Sample ids of every step, one file per rank."""
+        return self.path / "samples"
 
     @property
     def quarantine(self) -> Path:
@@ -123,11 +136,17 @@ def check(folder: RunFolder, settings: Mapping[str, Any]) -> None:
 
 
 def claim(folder: RunFolder, settings: Mapping[str, Any]) -> None:
-    """Checks the folder, creates it, and writes the settings into it. Raises RunFolderError."""
+    """Checks the folder, creates it with the permissions `output_mode`, and writes the settings into it.
+
+    Raises RunFolderError.
+    """
     import yaml
 
     check(folder, settings)
     try:
+        if not folder.path.exists():
+            folder.path.mkdir(parents=True)
+            folder.path.chmod(int(settings["output_mode"], 8))  # mkdir's own mode is subject to the umask
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(dict(settings), sort_keys=False, default_flow_style=None, width=110)
         write_durably(folder.config, text)

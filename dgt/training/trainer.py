@@ -22,6 +22,7 @@ from dgt.training.interrupt import Interruption
 from dgt.training.monitor import Monitor, Resumed, Size
 from dgt.training.parallel import Engine, build_engine
 from dgt.training.run_folder import RunFolder
+from dgt.training.sample_log import SampleLog
 from dgt.training.schedule import learning_rate
 from dgt.training.state import DivergedError, Outcome, Progress
 from dgt.training.world import World, joined, set_deterministic, set_threads
@@ -96,22 +97,25 @@ class Trainer:
     def run(self) -> Outcome:
         """The story: take up where the last attempt stopped; then step, evaluate, save, until the end or a signal."""
         self.resume()
-        self.monitor = self.open_monitor()
+        if self.finished():  # by an earlier attempt, which has reported everything
+            return self.outcome()
+        self.open_reports()
         try:
             if self.evaluate_if_due():  # one that an interruption has cut off
                 self.save(must=True)
-            while not (self.finished() or self.asked_to_stop()):
+            leaving = self.leaving()
+            while not leaving:
                 for batch, waited in timed(self.training_data):
                     self.step(batch, waited)
                     self.evaluate_if_due()
-                    leaving = self.finished() or bool(self.asked_to_stop())
+                    leaving = self.leaving()
                     if leaving or self.save_is_due():
-                        self.save(must=leaving)
+                        saved = self.save(must=leaving)
+                        leaving = leaving or (saved and self.leaving())  # a signal that came meanwhile: all is saved
                     if leaving:
                         break
-            if self.finished():
-                return Outcome("finished", self.progress.step, metrics=self.metrics)
-            return Outcome("interrupted", self.progress.step, signal=self.asked_to_stop())
+            self.monitor.conclude(self.outcome())
+            return self.outcome()
         finally:
             self.monitor.close()
 
@@ -139,6 +143,7 @@ class Trainer:
         scalars = {"train/loss": result.loss, "train/lr": lr, "train/grad_norm": result.grad_norm}
         if self.monitor.reports(progress.step):
             scalars |= self.data_scalars(batch)
+        self.samples.step(progress.step, batch.ids.tolist())
         self.monitor.step(progress.step, time.perf_counter() - started + waited, waited, scalars)
         if result.skipped:
             self.report_skipped(batch)
@@ -161,6 +166,16 @@ class Trainer:
     def finished(self) -> bool:
         """All steps are done and evaluated."""
         return self.progress.step >= self.last_step and self.progress.evaluated_at == self.progress.step
+
+    def leaving(self) -> bool:
+        """Whether the loop ends here, on all ranks."""
+        return self.finished() or bool(self.asked_to_stop())
+
+    def outcome(self) -> Outcome:
+        """How the loop has ended."""
+        if self.finished():
+            return Outcome("finished", self.progress.step, metrics=self.metrics)
+        return Outcome("interrupted", self.progress.step, signal=self.asked_to_stop())
 
     def asked_to_stop(self) -> int:
         """The signal that all ranks agree to obey; 0 = go on."""
@@ -197,13 +212,13 @@ class Trainer:
         """All tensors that decide the next step, in this rank's layout."""
         return self.engine.state_dict() | ({"ema": self.ema.averages} if self.ema else {})
 
-    def save(self, must: bool) -> None:
-        """Commits a checkpoint, then lets go of old ones.
+    def save(self, must: bool) -> bool:
+        """Commits a checkpoint, then lets go of old ones; False where there is none and the run goes on.
 
         A failed save is reported; it raises SaveError where it `must` succeed, because the run ends here, or where the
         configuration says so. A best result whose checkpoint failed does not count as the best.
         """
-        progress, folder = self.progress, self.folder.checkpoints
+        started, progress, folder = time.perf_counter(), self.progress, self.folder.checkpoints
         facts = {"progress": asdict(progress), "config": run_folder.plain(self.config)}
         error = checkpoint.save(folder, progress.step, self.tensors(), facts, self.world)
         if error and (must or self.config.checkpoint.on_error == "stop"):
@@ -211,11 +226,15 @@ class Trainer:
         if error:
             log.error("%s; training goes on, the previous checkpoint stays", error)
             progress.best_metric, progress.best_step = self.saved_best
-            return
+            return False
+        seconds = time.perf_counter() - started
+        self.interruption.note_save(seconds)
+        self.monitor.saved(progress.step, seconds)
         self.saved_best = (progress.best_metric, progress.best_step)
         if self.world.is_main:
-            log.info("checkpoint of step %d saved", progress.step)
+            log.info("checkpoint of step %d saved in %.1f s", progress.step, seconds)
             checkpoint.prune(folder, self.config.checkpoint.keep_last, progress.best_step, log.warning)
+        return True
 
     def resume(self) -> None:
         """Continues from the newest whole checkpoint; without any, starts at step 0."""
@@ -233,8 +252,8 @@ class Trainer:
         self.training_data.load_state_dict(self.progress.data)
         log.info("resuming after step %d from %s", self.progress.step, found.path)
 
-    def open_monitor(self) -> Monitor:
-        """The reports of this attempt, from the step it starts at."""
+    def open_reports(self) -> None:
+        """Begins what this attempt reports, at the step it starts from."""
 
         @functools.cache
         def macs(epoch: int) -> int | None:
@@ -242,4 +261,6 @@ class Trainer:
 
         size = Size(self.last_step, self.steps_per_epoch, self.config.steps.global_batch_size, self.world.size, macs)
         resumed = Resumed(self.progress.step, self.evaluation_is_due())
-        return Monitor(self.config.monitor, self.folder, size, resumed, self.world.is_main)
+        self.monitor = Monitor(self.config.monitor, self.folder, size, resumed, self.world.is_main)
+        self.interruption.note_save(self.monitor.longest_save)
+        self.samples = SampleLog(self.folder.samples, self.world, self.progress.step, self.config.monitor.log_samples)

@@ -40,8 +40,10 @@ class RankResult:
     error: str
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, check: bool = True) -> list[RankResult]:
-    """Calls `function(*args)` in `world_size` ranks; when one dies the others are killed.
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, check: bool = True, kill_others: bool = True
+) -> list[RankResult]:
+    """Calls `function(*args)` in `world_size` ranks; when one dies the others are killed, or left to what they meet.
 
     With `check`, a rank that did not return normally fails the test with its traceback.
     """
@@ -58,15 +60,15 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, check: 
         sender.close()
         pipes.append(receiver)
         processes.append(process)
-    results = collect(pipes, processes)
+    results = collect(pipes, processes, kill_others)
     if check:
         problems = [r.error or f"exit code {r.exitcode}" for r in results if r.exitcode != 0 or r.error]
         assert not problems, "\n".join(problems)
     return results
 
 
-def collect(pipes: Sequence[Any], processes: Sequence[Any]) -> list[RankResult]:
-    """Waits for every rank; kills the rest as soon as one has died abnormally."""
+def collect(pipes: Sequence[Any], processes: Sequence[Any], kill_others: bool) -> list[RankResult]:
+    """Waits for every rank; kills the rest as soon as one has died abnormally, if so asked."""
     results: dict[int, tuple[Any, str]] = {}
     waiting = dict(zip(pipes, range(len(pipes)), strict=True))
     while waiting:
@@ -74,14 +76,13 @@ def collect(pipes: Sequence[Any], processes: Sequence[Any]) -> list[RankResult]:
             rank = waiting.pop(pipe)
             try:
                 results[rank] = pickle.loads(pipe.recv_bytes())
+                has_died = bool(results[rank][1])
             except EOFError:
                 results[rank] = (None, "")
+                has_died = True
+            if kill_others and has_died:
                 for process in processes:
                     process.kill()
-            else:
-                if results[rank][1]:
-                    for process in processes:
-                        process.kill()
     for process in processes:
         process.join()
     return [RankResult(p.exitcode, *results[rank]) for rank, p in enumerate(processes)]

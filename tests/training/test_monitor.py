@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from dgt.training.monitor import Monitor, MonitorConfig, Resumed, Size, clock
 from dgt.training.run_folder import RunFolder
+from dgt.training.state import Outcome
 
 SIZE = Size(total_steps=12, steps_per_epoch=6, global_batch_size=8, world_size=1, macs_per_image=lambda epoch: None)
+
+
+@pytest.fixture(autouse=True)
+def event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of one second and process are read in the order of a number, which must not have more digits later on."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def report(folder: RunFolder, resumed_at: int, last: int, loss: float) -> None:
@@ -129,3 +139,140 @@ def test_a_row_cut_off_by_a_full_disk_does_not_take_the_next_one_with_it(tmp_pat
     monitor.step(2, 0.5, 0.1, {"train/loss": float("nan"), "train/lr": 0.1})
     lines = folder.metrics.read_text().splitlines()
     assert json.loads(lines[1])["train/loss"] is None, "NaN is no JSON"
+
+
+STORY = (
+    {"time": "2026-11-24T05:36:12+00:00", "event": "submitted", "text": "2 nodes | low", "job": "7"},
+    {"time": "2026-11-24T05:36:20+00:00", "event": "started", "text": "attempt 0 of Slurm job 7"},
+    {"time": "2026-11-24T05:40:00+00:00", "event": "stopped", "text": "preempted; saved at step 4", "step": 4},
+    {"time": "2026-11-24T05:42:01+00:00", "event": "started", "text": "attempt 1 of Slurm job 7"},
+)
+ROWS = (
+    "| 2026-11-24T05:36:12+00:00 | submitted | 2 nodes \\| low |",
+    "| 2026-11-24T05:36:20+00:00 | started | attempt 0 of Slurm job 7 |",
+    "| 2026-11-24T05:40:00+00:00 | stopped | preempted; saved at step 4 |",
+    "| 2026-11-24T05:42:01+00:00 | started | attempt 1 of Slurm job 7 |",
+)
+HEAD = "| time | event | what happened |\n| --- | --- | --- |\n"
+
+
+def attempt(folder: RunFolder, told: int, resumed: Resumed, last: int, outcome: Outcome | None) -> None:
+    """One attempt after the first `told` events, killed where there is no outcome."""
+    lines = [json.dumps(event) + "\n" for event in STORY[:told]]
+    folder.events.write_text("".join([*lines, '{"time": "2026-11-24T05:4']))  # and one that is being written
+    monitor = Monitor(MonitorConfig(log_every=1), folder, SIZE, resumed, is_main=True)
+    if resumed.evaluation_is_due:
+        monitor.evaluation(resumed.step, {"top1": 60.0})
+    for step in range(resumed.step + 1, last + 1):
+        monitor.step(step, 0.5, 0.1, {"train/loss": told + step, "train/lr": 0.1, "train/grad_norm": 1.0})
+    if outcome is not None:
+        monitor.conclude(outcome)
+    monitor.close()
+
+
+def curves(folder: RunFolder) -> EventAccumulator:
+    return EventAccumulator(str(folder.tensorboard)).Reload()
+
+
+def texts(folder: RunFolder) -> list[tuple[int, str]]:
+    """Step and content of every text of run/events, read as TensorBoard does it (the other reader purges no texts)."""
+    events = plugin_event_accumulator.EventAccumulator(str(folder.tensorboard)).Reload()
+    return [(t.step, t.tensor_proto.string_val[0].decode()) for t in events.Tensors("run/events/text_summary")]
+
+
+def test_tensorboard_tells_the_events_where_attempts_begin_and_end_and_curves_stay_continuous(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    attempt(folder, 2, Resumed(0), 4, Outcome("interrupted", 4, signal.SIGTERM))
+    attempt(folder, 4, Resumed(4), 7, None)  # killed; the newest checkpoint is still of step 4
+    attempt(folder, 4, Resumed(4), 12, Outcome("finished", 12))
+    events = curves(folder)
+    first, all_four = (HEAD + "\n".join(ROWS[:told]) for told in (2, 4))
+    assert texts(folder) == [
+        (0, first),
+        (4, first + "\n\nThis attempt was stopped by SIGTERM after step 4."),
+        (4, all_four),
+        (4, all_four),
+        (12, all_four + "\n\nThis attempt finished the training after step 12."),
+    ]
+    assert [(e.step, e.value) for e in events.Scalars("run/attempt")] == [(0, 1.0), (4, 2.0), (4, 2.0)]
+    expected = [(s, 2.0 + s) for s in range(1, 5)] + [(s, 4.0 + s) for s in range(5, 13)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == expected
+
+
+def test_events_at_a_step_whose_evaluation_comes_again_are_written_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    attempt(folder, 2, Resumed(0), 4, Outcome("interrupted", 4, signal.SIGUSR2))
+    attempt(folder, 4, Resumed(4, evaluation_is_due=True), 6, None)
+    events = curves(folder)
+    all_four = HEAD + "\n".join(ROWS)
+    assert texts(folder) == [(0, HEAD + "\n".join(ROWS[:2])), (4, all_four)]
+    assert [(e.step, e.value) for e in events.Scalars("run/attempt")] == [(0, 1.0), (4, 2.0)]
+    assert [(e.step, e.value) for e in events.Scalars("val/top1")] == [(4, 60.0)]
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 7))
+
+
+def test_without_a_launcher_there_are_no_events_and_before_the_first_start_no_mark(tmp_path: Path) -> None:
+    alone, submitted = RunFolder(tmp_path / "alone"), RunFolder(tmp_path / "submitted")
+    monitor = Monitor(MonitorConfig(log_every=1), alone, SIZE, Resumed(), is_main=True)
+    monitor.step(1, 0.5, 0.1, {"train/loss": 1.0, "train/lr": 0.1})
+    monitor.conclude(Outcome("finished", 1))
+    monitor.close()
+    tags = curves(alone).Tags()
+    assert tags["tensors"] == []
+    assert "run/attempt" not in tags["scalars"]
+    submitted.path.mkdir()
+    attempt(submitted, 1, Resumed(), 1, None)
+    assert texts(submitted) == [(0, HEAD + ROWS[0])]
+    assert "run/attempt" not in curves(submitted).Tags()["scalars"]
+
+
+def test_events_that_cannot_be_read_cost_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = RunFolder(tmp_path)
+    folder.events.mkdir()
+    report(folder, 0, 2, loss=0.0)
+    assert "the events of this run cannot be read" in caplog.text
+    assert [e.step for e in curves(folder).Scalars("train/loss")] == [1, 2]
+
+
+def rows_of(folder: RunFolder) -> list[dict[str, float]]:
+    return [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+
+
+def test_seconds_of_a_save_have_a_row_and_a_curve_and_are_known_after_a_resume(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    monitor = Monitor(MonitorConfig(log_every=2), folder, SIZE, Resumed(), is_main=True)
+    for step, seconds in ((1, 2.5), (2, 3.5), (3, 9.0)):
+        monitor.step(step, 0.5, 0.1, {"train/loss": float(step), "train/lr": 0.1})
+        monitor.saved(step, seconds)
+    monitor.close()
+    assert [(row["step"], row.get("train/loss"), row.get("speed/save_seconds")) for row in rows_of(folder)] == [
+        (1, None, 2.5), (2, 2.0, None), (2, None, 3.5), (3, None, 9.0)
+    ]  # fmt: skip
+    # The checkpoint of step 3 is damaged, and an evaluation after step 2 was cut off.
+    monitor = Monitor(MonitorConfig(log_every=2), folder, SIZE, Resumed(2, True), is_main=True)
+    assert monitor.longest_save == 3.5
+    monitor.evaluation(2, {"top1": 50.0})
+    monitor.saved(2, 0.1)  # replaces a manifest only
+    monitor.close()
+    assert [row.get("speed/save_seconds") for row in rows_of(folder)] == [2.5, None, 3.5, None]
+    events = curves(folder)
+    assert [(e.step, e.value) for e in events.Scalars("speed/save_seconds")] == [(1, 2.5), (2, 3.5)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(2, 2.0)]
+    assert [(e.step, e.value) for e in events.Scalars("val/top1")] == [(2, 50.0)]
+
+
+def test_a_report_lost_to_a_full_disk_does_not_take_others_of_its_step_with_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    monitor = Monitor(MonitorConfig(log_every=1), folder, SIZE, Resumed(), is_main=True)
+    monitor.step(1, 0.5, 0.1, {"train/loss": 1.0, "train/lr": 0.1})
+    folder.metrics.rename(tmp_path / "before")
+    folder.metrics.symlink_to("/dev/full")
+    monitor.evaluation(1, {"top1": 50.0})
+    folder.metrics.unlink()
+    (tmp_path / "before").rename(folder.metrics)
+    monitor.saved(1, 2.0)
+    monitor.close()
+    assert [sorted(row) for row in rows_of(folder)][1:] == [["speed/save_seconds", "step"]]
+    events = curves(folder)
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0)]
+    assert [(e.step, e.value) for e in events.Scalars("speed/save_seconds")] == [(1, 2.0)]

@@ -61,9 +61,10 @@ def train_and_die(config: Config, die_at: int | None, where: str = "step") -> di
 
 
 def losses(config: Config) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl without the ones that measure time and memory."""
+    """All lines of metrics.jsonl without what measures time and memory; a save's lines hold nothing else."""
     rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("speed/") and "_seconds" not in k} for row in rows]
+    rows = [{k: v for k, v in row.items() if not k.startswith("speed/") and "_seconds" not in k} for row in rows]
+    return [row for row in rows if row.keys() > {"step"}]
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:

@@ -1,3 +1,5 @@
+import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,3 +54,19 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_differences_are_dotted_and_show_both_values() -> None:
     left, right = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": 5}
     assert differences(left, right) == {"a.c": (2, 4), "d": (3, None), "e": (None, 5)}
+
+
+@pytest.mark.parametrize("mode", ["700", "750"])
+def test_a_new_folder_gets_the_configured_permissions_whatever_the_umask_and_an_old_one_keeps_its_own(
+    tmp_path: Path, mode: str
+) -> None:
+    umask = os.umask(0o077)
+    try:
+        folder = RunFolder(tmp_path / "runs" / "run")
+        claim(folder, plain(replace(Config(), output_mode=mode)))
+        assert stat.S_IMODE(folder.path.stat().st_mode) == int(mode, 8)
+        folder.path.chmod(0o711)
+        claim(folder, plain(replace(Config(), output_mode="770")))  # may change, as it has no bearing on results
+        assert stat.S_IMODE(folder.path.stat().st_mode) == 0o711
+    finally:
+        os.umask(umask)

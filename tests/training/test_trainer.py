@@ -23,6 +23,7 @@ from dgt.tasks import Classification
 from dgt.training import checkpoint
 from dgt.training.checkpoint import CheckpointConfig, SaveError
 from dgt.training.interrupt import Interruption
+from dgt.training.monitor import MonitorConfig
 from dgt.training.state import DivergedError
 from dgt.training.steps import StepsConfig
 from dgt.training.trainer import Trainer, train
@@ -213,13 +214,28 @@ def test_training_draws_nothing_from_torchs_global_generator(tmp_path: Path, mon
     assert all(torch.equal(state, states[0]) for state in states)
 
 
-def test_a_finished_run_ends_at_once_when_it_is_started_again(tmp_path: Path) -> None:
-    config = short(tmp_path)
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_ends_at_once_when_it_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = short(tmp_path, monitor=MonitorConfig(log_every=1, log_samples=True))
     train(config)
-    before = (config.run_dir / "metrics.jsonl").read_text()
-    outcome = train(config)
-    assert (outcome.status, outcome.step) == ("finished", 2)
-    assert (config.run_dir / "metrics.jsonl").read_text() == before
+    before = content(config.run_dir)
+    assert {name.split("/")[0] for name in before} == {
+        "config.yaml", "metrics.jsonl", "tensorboard", "samples", "checkpoints"
+    }  # fmt: skip
+    for name in ("step", "save"):
+        monkeypatch.setattr(Trainer, name, None)
+    monkeypatch.setattr(Classification, "totals", None)
+    for signals in ((), (signal.SIGTERM,)):  # a signal changes nothing about that
+        interruption = Interruption()
+        for number in signals:
+            interruption.note(number, None)
+        outcome = train(config, interruption)
+        assert (outcome.status, outcome.step, outcome.signal) == ("finished", 2, 0)
+    assert content(config.run_dir) == before
 
 
 def test_another_number_of_ranks_and_engine_continue_a_run(tmp_path: Path) -> None:
@@ -267,9 +283,11 @@ def test_what_the_data_pipeline_met_is_reported_and_listed(tmp_path: Path, monke
     }
 
 
-def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl without what measures time and memory."""
-    return {k: v for k, v in row.items() if not k.startswith("speed/") and not k.endswith("_seconds")}
+def history(config: Config) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what measures time and memory; a save's lines hold nothing else."""
+    rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if not k.startswith("speed/") and not k.endswith("_seconds")} for row in rows]
+    return [row for row in rows if row.keys() > {"step"}]
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(
@@ -278,7 +296,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(
     config = short(tmp_path, checkpoint=CheckpointConfig(every_steps=1))
     train(config)
     folder = config.run_dir / "checkpoints"
-    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    rows = history(config)
     damaged = folder / "step_00000002" / "__0_0.distcp"
     content = bytearray(damaged.read_bytes())
     content[-100] ^= 1
@@ -286,10 +304,8 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(
     assert train(config).status == "finished"
     assert "checkpoint passed over" in caplog.text
     assert str(damaged) in caplog.text
-    again = (config.run_dir / "metrics.jsonl").read_text().splitlines()
-    for before, after in zip(lines, again, strict=True):
-        before_row, after_row = json.loads(before), json.loads(after)
-        assert without_times(before_row) == without_times(after_row)
+    assert history(config) == rows
+    assert [row["step"] for row in rows] == [1, 2, 2], "the steps and the evaluation"
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000001", "step_00000002", "step_00000002.damaged"]
 
 
