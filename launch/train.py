@@ -7,14 +7,19 @@ checkpoint), 2 with one sentence for an error that is understood, 1 with a trace
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
 import logging
+import math
 import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 if not __package__:  # started as a file: what is imported must come from beside it, and `launch` is a package
     here = Path(__file__).resolve().parent
@@ -25,6 +30,7 @@ from launch.signals import Noted
 
 if TYPE_CHECKING:
     from dgt.config import Config
+    from dgt.training.interrupt import Interruption
     from dgt.training.state import Outcome
 
 log = logging.getLogger("launch")
@@ -81,24 +87,93 @@ def run(options: argparse.Namespace, early: Noted, rank: int) -> Outcome:
     checks.network(config)
     checks.batches(config, world_size)
     checks.augmentation(config)
-    interruption = Interruption()
-    interruption.install()
-    if early.received:
-        interruption.received = interruption.received or early.received[-1]
-    if rank or runs.LOCK_VARIABLE in os.environ:
-        return train(config, interruption)
-    return train_guarded(config, interruption)
+    with contextlib.closing(Announcement()) as announcement:
+        interruption = Interruption(deadline_of(os.environ), lambda n: announcement.make(n, interruption.longest_save))
+        interruption.install()
+        for number in early.received:
+            interruption.note(number, None)
+        if rank or runs.LOCK_VARIABLE in os.environ:
+            return train(config, interruption)
+        return train_guarded(config, interruption)
 
 
-def train_guarded(config: Config, interruption: object) -> Outcome:
+def train_guarded(config: Config, interruption: Interruption) -> Outcome:
     """Trains while this process holds the run's lock, unless a job of the run is active in Slurm."""
     from dgt.training.trainer import train
     from launch import checks
 
     checks.output_folder(config)
-    with runs.locked(config.run_dir):
+    with runs.locked(config.run_dir, int(config.output_mode, 8)):
         checks.not_active(config.run_dir, own_job=os.environ.get("SLURM_JOB_ID"))
-        return train(config, interruption)  # type: ignore[arg-type]
+        return train(config, interruption)
+
+
+def deadline_of(environment: Mapping[str, str]) -> float | None:
+    """When the job ends, in seconds since the epoch, as its batch script has found out; None where it has not."""
+    try:
+        found = float(environment[runs.DEADLINE_VARIABLE])
+    except (KeyError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+class Announcement:
+    """What rank 0 says when all ranks have agreed to stop: in the log, and for the launcher in a marker.
+
+    How long Slurm still gives them is found out beside the save, which does not wait for the answer.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.is_closed = False
+
+    def make(self, number: int, longest_save: float) -> None:
+        """Leaves the marker `stopping` and says so; then asks Slurm, where this is a job. `longest_save` in seconds."""
+        name = signal.Signals(number).name
+        facts: dict[str, object] = {"signal": name, "time": utc(time.time())}
+        log.info("all ranks have agreed to stop because of %s; they save what is not saved yet", name)
+        self.leave(facts)
+        job = os.environ.get("SLURM_JOB_ID")
+        if job:
+            threading.Thread(target=self.find_deadline, args=(job, facts, longest_save), daemon=True).start()
+
+    def find_deadline(self, job: str, facts: Mapping[str, object], longest_save: float) -> None:
+        """Adds to the marker until when Slurm lets the job run, and says how long that is."""
+        from launch.cluster import job_fields, seconds
+
+        fields = job_fields(job) or {}
+        deadline = seconds(fields.get("EndTime", ""))
+        if deadline is None:
+            return
+        preempted, start = fields.get("PreemptTime", ""), fields.get("StartTime", "")
+        is_preempted = seconds(preempted) is not None and preempted >= start  # not in an attempt before this one
+        remaining = deadline - time.time()
+        told = self.leave({**facts, "deadline": utc(deadline), "preempted": is_preempted})
+        if told and remaining < longest_save:
+            log.warning("Slurm ends the job in %.0f s; the longest save took %.0f s", remaining, longest_save)
+        elif told:
+            log.info("Slurm ends the job in %.0f s", remaining)
+
+    def leave(self, facts: dict[str, object]) -> bool:
+        """Replaces the marker; False where the ranks have left already, so that nothing half-written stays behind."""
+        with self.lock:
+            if self.is_closed:
+                return False
+            try:
+                mark("stopping", facts)
+            except OSError as error:
+                log.error("the launcher cannot be told that this job stops: %s", error)
+            return True
+
+    def close(self) -> None:
+        """Nothing is written or said after this; a marker that is being written is finished first."""
+        with self.lock:
+            self.is_closed = True
+
+
+def utc(moment: float) -> str:
+    """Seconds since the epoch in ISO 8601."""
+    return datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def conclude(outcome: Outcome, rank: int) -> int:
@@ -113,7 +188,7 @@ def conclude(outcome: Outcome, rank: int) -> int:
     return 128 + signal.SIGINT if outcome.signal == signal.SIGINT else 0
 
 
-def mark(end: runs.End, facts: dict[str, object]) -> None:
+def mark(end: runs.End | Literal["stopping"], facts: dict[str, object]) -> None:
     """Leaves a marker where a launcher waits for one."""
     prefix = os.environ.get(runs.MARKER_VARIABLE)
     if prefix:
