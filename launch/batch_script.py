@@ -1,13 +1,12 @@
-"""The Slurm job: what sbatch is asked for, what runs before the ranks, and what is decided after them.
+"""The Slurm job: what sbatch is asked for, and the batch script around the ranks.
 
-submitit writes and submits the script. The ranks save on a signal and leave a marker (see launch/runs.py); the lines
-after srun read it, because srun's exit status says nothing dependable: with --kill-on-bad-exit it is 143 or 137 for
-many reasons. Where the run should go on, they ask Slurm to requeue the job, and wait to be ended for it. "Incomplete"
-keeps that from bringing back a job that its user has cancelled meanwhile.
+submitit writes and submits the script. The ranks save on a signal and leave a marker (launch/runs.py); what is decided
+before and after them is in launch/attempt.py, of the job's own snapshot of the code. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -19,42 +18,21 @@ from launch.profiles import Profile
 from launch.runs import LOCK_VARIABLE, MARKER_VARIABLE, LaunchError
 
 BEFORE = r"""
-rm -f "$DGT_MARKER".*  # left by an older job of the same number
-echo "$(date '+%F %T')  attempt ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"
-newest_checkpoint() { ls "$run/checkpoints" 2>/dev/null | grep -E '^step_[0-9]+$' | sort | tail -n 1; }
-before=$(newest_checkpoint)
-export MASTER_PORT=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+trap : TERM  # Slurm's TERM ends the ranks; this script stays to say what becomes of the job
+attempt=("$python" "$code/launch/attempt.py" --run "$run" --token "$token" --lead "$lead" --max-retries "$max_retries")
+eval "$("${attempt[@]}" begin)"
 """
-
+CHECK_NODES = r"""
+health=$run/jobs/$token.${SLURM_RESTART_COUNT:-0}.health
+timeout --kill-after=10 "$health_timeout" srun %s "$python" "$code/slurm/health_check.py" --report "$health" %s
+eval "$("${attempt[@]}" nodes)"
+"""
+WATCH = r"""
+"${attempt[@]}" watch & watcher=$!
+"""
 AFTER = r"""
-srun_status=$?
-crashes_file=$run/jobs/$SLURM_JOB_ID.crashes
-say() { echo "$(date '+%F %T')  $*"; }
-field() { scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -oP "(?<=\b$1=)\S+"; }
-requeue() {
-  say "$1: asking for a requeue"
-  for try in $(seq 30); do  # the controller may be away for a while
-    if scontrol requeue Incomplete "$SLURM_JOB_ID"; then sleep 600; fi  # Slurm ends this script meanwhile
-    sleep 10
-  done
-  say "the requeue was refused; submit the run again to go on"
-  exit 1
-}
-if [ -e "$DGT_MARKER.finished" ]; then say "finished"; exit 0; fi
-if [ -e "$DGT_MARKER.failed" ]; then say "failed in a way that would repeat, see $run/logs"; exit 2; fi
-if grep -qs SIGINT "$DGT_MARKER.interrupted"; then say "stopped by SIGINT: not requeued"; exit 130; fi
-if [ -e "$DGT_MARKER.interrupted" ]; then requeue "stopped as planned, $(cat "$DGT_MARKER.interrupted")"; fi
-preempted=$(field PreemptTime)
-if [[ "$preempted" == [0-9]* && ! "$preempted" < "$(field StartTime)" ]]; then requeue "preempted before a save"; fi
-crashes=$(cat "$crashes_file" 2>/dev/null || echo 0)
-if [ "$(newest_checkpoint)" != "$before" ]; then crashes=0; fi  # it got further, so it is worth another try
-crashes=$((crashes + 1))
-echo "$crashes" > "$crashes_file"
-if [ "$crashes" -gt "$max_retries" ]; then
-  say "giving up after $crashes crashes in a row without a new checkpoint (srun: $srun_status), see $run/logs"
-  exit 1
-fi
-requeue "crash $crashes of at most $max_retries (srun: $srun_status)"
+kill "$watcher" 2>/dev/null
+"${attempt[@]}" end
 """
 
 
@@ -64,36 +42,55 @@ class SlurmJob:
 
     run: Path
     """The run's folder, absolute and seen by every node."""
+    token: str
+    """Names the submission."""
+    code: Path
+    """The snapshot."""
     command: tuple[str, ...]
     """What every rank executes."""
     workdir: Path
     """Where relative paths of the configuration start."""
     layout: Layout
     profile: Profile
+    lead: int
+    """Seconds before the time limit at which the ranks are told to save and leave."""
 
 
 def text(job: SlurmJob) -> str:
     """The batch script as it would be submitted; needs no Slurm."""
-    return executor(job)._make_submission_file_text(shlex.join(job.command), "")
+    return executor(job.run, parameters(job))._make_submission_file_text(shlex.join(job.command), "")
 
 
 def submit(job: SlurmJob) -> str:
     """Submits the job and returns its number. Raises LaunchError with Slurm's own words where it is refused."""
+    return sbatch(job.run, parameters(job), shlex.join(job.command))
+
+
+def sbatch(folder: Path, asked: dict[str, Any], command: str) -> str:
+    """Submits through submitit what is `asked` for, running `command`; scripts and logs are in `folder`."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    (job.run / "logs").mkdir(parents=True, exist_ok=True)
-    (job.run / "jobs").mkdir(parents=True, exist_ok=True)
+    for name in overriding(asked):
+        os.environ.pop(name, None)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    (folder / "jobs").mkdir(parents=True, exist_ok=True)
     try:
-        number = executor(job)._submit_command(shlex.join(job.command)).job_id
+        return executor(folder, asked)._submit_command(command).job_id
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         raise LaunchError(f"sbatch did not take the job: {' '.join(str(error).split())}") from None
     finally:
-        for link in (job.run / "jobs").glob(".submission_file_*.sh"):  # the script itself stays, under the job's number
+        for link in (folder / "jobs").glob(".submission_file_*.sh"):  # the script itself stays, under the job's number
             link.unlink()
-    return number
 
 
-def executor(job: SlurmJob) -> Any:
+def overriding(asked: dict[str, Any]) -> list[str]:
+    """Variables of the shell, such as SBATCH_PARTITION, that sbatch would obey before what the script says."""
+    names = [name for name, value in (asked | asked["additional_parameters"]).items() if value is not None]
+    others = {"time": "TIMELIMIT", "requeue": "NO_REQUEUE"}
+    return [f"SBATCH_{others.get(name, name.upper().replace('-', '_'))}" for name in [*names, "open_mode"]]
+
+
+def executor(folder: Path, asked: dict[str, Any]) -> Any:
     """submitit's executor with all parameters set."""
     submitit_slurm = import_submitit()
 
@@ -104,10 +101,10 @@ def executor(job: SlurmJob) -> Any:
         def affinity(cls) -> int:
             return 2
 
-    if "%" in str(job.run):
-        raise LaunchError(f"output_dir: Slurm reads the % in {job.run} as a pattern; use another folder")
-    result = Executor(folder=job.run / "jobs")
-    result.update_parameters(**parameters(job))
+    if "%" in str(folder):
+        raise LaunchError(f"output_dir: Slurm reads the % in {folder} as a pattern; use another folder")
+    result = Executor(folder=folder / "jobs")
+    result.update_parameters(**asked)
     return result
 
 
@@ -123,34 +120,106 @@ def import_submitit() -> Any:
 def parameters(job: SlurmJob) -> dict[str, Any]:
     """What submitit is told: sbatch's options, srun's, and the lines around srun."""
     layout, profile = job.layout, job.profile
-    facts = [
-        f"run={shlex.quote(str(job.run))} python={shlex.quote(sys.executable)} max_retries={profile.max_retries}",
-        f"export {LOCK_VARIABLE}=1 PYTHONUNBUFFERED=1",
-        f'export {MARKER_VARIABLE}="$run/jobs/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"',
-    ]
-    environment = [f"export {name}={shlex.quote(str(value))}" for name, value in profile.environment.items()]
     cpus = [f"--cpus-per-task={profile.cpus_per_task}"] if profile.cpus_per_task else []  # srun does not take sbatch's
-    asked = {
-        "partition": profile.partition, "account": profile.account, "qos": profile.qos, "time": profile.time,
-        "constraint": profile.constraint, "cpus_per_task": profile.cpus_per_task, "mem": profile.mem,
-        "exclude": profile.exclude, "exclusive": profile.exclusive or None,
-        "gpus_per_node": layout.processes_per_node if layout.use_gpus else None,
-    }  # fmt: skip
-    return asked | {
+    return requested(profile) | {
         "job_name": job.run.name,
+        "comment": job.token,
         "nodes": layout.nodes,
         "ntasks_per_node": layout.processes_per_node,
-        "wckey": None,
+        "gpus_per_node": layout.processes_per_node if layout.use_gpus else None,
+        "exclusive": profile.exclusive or None,
         "stderr_to_stdout": True,
-        "additional_parameters": {
+        "additional_parameters": options(profile)
+        | {
             "chdir": str(job.workdir),
             "output": str(job.run / "logs" / "batch.log"),
             "requeue": True,
             # to the ranks, not to the batch shell (no B:)
-            "signal": f"USR2@{profile.signal_lead}",
+            "signal": f"USR2@{job.lead}",
             **profile.sbatch,
         },
-        "srun_args": ["--kill-on-bad-exit=1", f"--output={job.run}/logs/rank-%t.log", "--open-mode=append", *cpus],
-        "setup": [*environment, *profile.setup, *facts, *BEFORE.strip().splitlines()],
+        "srun_args": [
+            "--kill-on-bad-exit=1", f"--output={job.run}/logs/rank-%t.log", "--open-mode=append", *cpus,
+            *in_container(profile.srun, profile),
+        ],
+        "setup": setup(job),
         "teardown": AFTER.strip().splitlines(),
-    }
+    }  # fmt: skip
+
+
+def requested(profile: Profile) -> dict[str, Any]:
+    """What a profile asks of sbatch, by submitit's names; None leaves the cluster's default."""
+    mail = {"mail_user": profile.mail, "mail_type": "END,FAIL,REQUEUE"} if profile.mail else {}
+    return mail | {
+        "partition": profile.partition, "account": profile.account, "qos": profile.qos, "time": profile.time,
+        "constraint": profile.constraint, "cpus_per_task": profile.cpus_per_task, "mem": profile.mem,
+        "exclude": profile.exclude, "wckey": None,
+    }  # fmt: skip
+
+
+def options(profile: Profile) -> dict[str, Any]:
+    """The same for options that submitit has no name for."""
+    result: dict[str, Any] = {}
+    if profile.reservation:
+        result["reservation"] = profile.reservation
+    if profile.after:
+        result |= {"dependency": f"afterok:{':'.join(profile.after)}", "kill-on-invalid-dep": "yes"}
+    return result
+
+
+def setup(job: SlurmJob) -> list[str]:
+    """The lines before srun: the profile's, then the facts of this job, then what is decided before the ranks start."""
+    profile = job.profile
+    facts = {
+        "run": job.run, "code": job.code, "token": job.token, "python": sys.executable, "lead": job.lead,
+        "max_retries": profile.max_retries, "health_timeout": profile.health.timeout,
+    }  # fmt: skip
+    return [
+        *environment(profile),
+        *(f"{name}={shlex.quote(str(value))}" for name, value in facts.items()),
+        f"export {LOCK_VARIABLE}=1 PYTHONUNBUFFERED=1",
+        f'export {MARKER_VARIABLE}="$run/jobs/$token.${{SLURM_RESTART_COUNT:-0}}"',
+        *BEFORE.strip().splitlines(),
+        *(check_nodes(job).strip().splitlines() if profile.health.enabled else ()),
+        *WATCH.strip().splitlines(),
+    ]
+
+
+def environment(profile: Profile) -> list[str]:
+    """The profile's own lines."""
+    return [
+        *(f"export {name}={shlex.quote(str(value))}" for name, value in profile.environment.items()),
+        *(f"module load {shlex.quote(module)}" for module in profile.modules),
+        *profile.setup,
+    ]
+
+
+def check_nodes(job: SlurmJob) -> str:
+    """The health check: one process per node, or per GPU where the speed of all of them together is to be measured."""
+    health, layout = job.profile.health, job.layout
+    measured = {"--matmul-tflops": health.matmul_tflops, "--allreduce-gb-s": health.allreduce_gb_s}
+    asked = [word for name, value in measured.items() if value is not None for word in (name, str(value))]
+    per_node = layout.processes_per_node if asked else 1
+    step = [
+        f"--nodes={layout.nodes}", f"--ntasks={layout.nodes * per_node}", f"--ntasks-per-node={per_node}",
+        f"--output={job.run}/logs/health.log", "--open-mode=append", "--kill-on-bad-exit=0", "--wait=0",
+    ]  # fmt: skip
+    gpus = layout.processes_per_node if layout.use_gpus else 0
+    asked += ["--gpus", str(gpus), "--shared", str(job.run), "--token", job.token]
+    asked += ["--clock-skew", str(health.clock_skew)]
+    asked += [word for path, free in job.profile.scratch.items() for word in ("--free", f"{path}={free}")]
+    return CHECK_NODES % (shlex.join(step), shlex.join(asked))
+
+
+def rank_command(code: Path, profile: Profile) -> tuple[str, ...]:
+    """What every rank executes: the program of the snapshot, with the snapshot's configuration."""
+    program = (str(code / "launch" / "train.py"), "--config", str(code / "config.yaml"))
+    if not profile.container:
+        return (sys.executable, *program)
+    prefix = shlex.split(profile.container_command or "")
+    return (*in_container(prefix, profile), profile.container_python, *program)
+
+
+def in_container(words: Any, profile: Profile) -> list[str]:
+    """Words of a command with the image's name filled in."""
+    return [word.replace("{image}", profile.container or "") for word in words]

@@ -135,13 +135,13 @@ def output_folder(config: Config) -> None:
 def not_active(run: Path, own_job: str | None = None) -> None:
     """Raises LaunchError where the run's last job still waits or runs in Slurm, unless that is `own_job`."""
     record = read_record(run)
-    if record is None or record.cluster != "slurm" or record.job == own_job:
+    if record is None or record.cluster != "slurm" or (own_job is not None and record.job == own_job):
         return
-    state = job_state(record.job)
+    state = job_state(record)
     if state is not None:
         raise LaunchError(
-            f"the run {run.name} is active: Slurm job {record.job} is {state}. Wait for its end, cancel it with "
-            f"`scancel {record.job}`, or choose another --name"
+            f"the run {run.name} is active: {record.name} is {state}. Wait for its end, cancel it with "
+            f"`launch/jobs.py cancel {run}`, or choose another --name"
         )
 
 

@@ -261,9 +261,9 @@ def resume(options: argparse.Namespace) -> int:
         )
     if found.state == story.FINISHED:
         raise LaunchError(f"the run {found.name} is finished ({found.detail}); {how_to_go_further(found.path)}")
-    from launch import submit
+    from launch import submission
 
-    return program.guarded(PROGRAM, lambda: submit.resume(found.path))
+    return program.guarded(PROGRAM, lambda: submission.resume(found.path))
 
 
 def how_to_go_further(run: Path) -> str:

@@ -338,11 +338,11 @@ def texts(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 def shared_folder(run: Path, nodes: int) -> str | None:
     """A warning where several nodes would hardly see the same folder of the run; None where nothing says so."""
-    from data_pipeline.shards.cache import _file_system_kind
+    from data_pipeline.shards.cache import file_system_kind
 
     if nodes == 1:
         return None
-    kind = _file_system_kind(run.absolute())
+    kind = file_system_kind(run.absolute())
     if kind in IN_MEMORY:
         where = f"in the memory of this machine ({kind})"
     elif run.resolve().is_relative_to(Path("/tmp").resolve()):

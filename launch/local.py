@@ -1,7 +1,7 @@
 """The same job on this machine, in the foreground: one process per rank, with what torchrun and Slurm would give them.
 
-Signals go on to the ranks, which agree, checkpoint and leave. A rank that dies ends the others within seconds. A crash
-is retried as often as allowed, counted anew whenever the newest checkpoint has moved.
+Signals go on to the ranks, which agree, checkpoint and leave. A rank that dies ends the others within seconds. Whether
+another attempt follows is decided as in a Slurm job, by launch/verdict.py, from the same markers, with the same events.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from launch import program, runs
+from launch import events, runs
 from launch.cluster import free_port
 from launch.signals import STOP_SIGNALS, Noted
+from launch.verdict import Ending, Tally, Verdict, decide, saved
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
@@ -27,6 +29,8 @@ GRACE_SECONDS = 5.0
 TAIL_LINES = 20
 CRASHED, INTERRUPTED = 1, 128 + signal.SIGINT
 """Exit statuses, as of launch/train.py."""
+Marker = tuple[runs.End, dict[str, Any]] | None
+"""How an attempt ended by its own words; None where it crashed."""
 INTERRUPTS_TO_KILL = 3
 """Ctrl-C once checkpoints, twice ends the ranks at once, and this often kills them."""
 
@@ -35,7 +39,7 @@ INTERRUPTS_TO_KILL = 3
 class LocalJob:
     """What is to run."""
 
-    name: str
+    token: str
     """Distinguishes its markers from those of other jobs of the run."""
     run: Path
     """The run's folder."""
@@ -52,29 +56,71 @@ def run(job: LocalJob, lock: int) -> int:
 
     `lock`: descriptor of the run's lock, handed on to the ranks so that it lasts as long as they do.
     """
-    noted = Noted()
-    crashes = attempt = 0
+    noted, tally, attempt = Noted(), Tally(), 0
     try:
         noted.install()
         while True:
-            before = newest_checkpoint(job.run)
-            status = run_attempt(job, attempt, noted, lock)
-            if status != CRASHED or noted.received:
-                return status
-            crashes = 1 if newest_checkpoint(job.run) != before else crashes + 1
-            if crashes > job.max_retries:
-                if job.max_retries:
-                    say(f"giving up after {crashes} crashes in a row without a new checkpoint")
-                return status
+            before = runs.newest_checkpoint(job.run)
+            note(job, attempt, "started", f"attempt {attempt} on this machine, from {before or 'the beginning'}")
+            marker = run_attempt(job, attempt, noted, lock)
+            if asked_to_stop(marker, noted):
+                return note_stop(job, attempt, marker, noted)
+            newest = runs.newest_checkpoint(job.run)
+            verdict = decide(Ending(marker, "", progressed=newest != before), tally, job.max_retries)
+            tally = verdict.tally
+            note_end(job, attempt, verdict, newest)
+            if verdict.action != "again":
+                return verdict.status
             attempt += 1
-            say(f"starting again from the newest checkpoint (retry {crashes} of {job.max_retries})")
+            say(f"starting again from the newest checkpoint (retry {tally.fruitless} of {job.max_retries})")
     finally:
         noted.restore()
 
 
-def run_attempt(job: LocalJob, attempt: int, noted: Noted, lock: int) -> int:
-    """Starts the ranks once, waits for their end, reports it; returns the exit status."""
-    marker = str(job.run / "jobs" / f"{job.name}.{attempt}")
+def asked_to_stop(marker: Marker, noted: Noted) -> bool:
+    """Whether the attempt ended because somebody asked for it; on this machine that ends the job."""
+    return marker[0] == "interrupted" if marker else bool(noted.received)
+
+
+def note_stop(job: LocalJob, attempt: int, marker: Marker, noted: Noted) -> int:
+    """Notes that the job was stopped; returns the exit status."""
+    if marker:
+        text, status = f"stopped by {marker[1]['signal']}{saved(marker[1])}", 0
+        if marker[1]["signal"] == "SIGINT":
+            status = INTERRUPTED
+    elif noted.received.count(signal.SIGINT) > 1:
+        text, status = "ended at once, as asked; the newest checkpoint stays", INTERRUPTED
+        say(text)
+    else:
+        text, status = f"the ranks died after {signal.Signals(noted.received[0]).name}, before they had saved", CRASHED
+    note(job, attempt, "stopped", text, reason="signal", step=runs.step_of(runs.newest_checkpoint(job.run)))
+    return status
+
+
+def note_end(job: LocalJob, attempt: int, verdict: Verdict, newest: str | None) -> None:
+    """Notes how an attempt ended, and says what the console does not show yet."""
+    step = runs.step_of(newest)
+    if verdict.action == "done":
+        note(job, attempt, "finished", verdict.text, step=step)
+        return
+    note(job, attempt, "stopped", verdict.text, reason=verdict.reason, step=step)
+    if verdict.action == "stop" and verdict.reason == "crash":
+        note(job, attempt, "gave-up", verdict.text, step=step)
+        if job.max_retries:
+            say(verdict.text)
+
+
+def note(job: LocalJob, attempt: int, event: events.Event, text: str, **facts: Any) -> None:
+    """Notes an event of the run; a full disk costs the note, not the run."""
+    try:
+        events.note(job.run, event, text, token=job.token, attempt=attempt, **facts)
+    except OSError as error:
+        say(f"{events.FILE} could not be written: {error.strerror or error}")
+
+
+def run_attempt(job: LocalJob, attempt: int, noted: Noted, lock: int) -> Marker:
+    """Starts the ranks once, waits for their end, reports a death; returns the marker that they left."""
+    marker = str(job.run / "jobs" / f"{job.token}.{attempt}")
     logs = [job.run / "logs" / f"rank-{rank}.log" for rank in range(job.processes)]
     logs[0].parent.mkdir(parents=True, exist_ok=True)
     begins = [log.stat().st_size if log.exists() else 0 for log in logs]
@@ -90,17 +136,11 @@ def run_attempt(job: LocalJob, attempt: int, noted: Noted, lock: int) -> int:
         for process in ranks:
             kill(process)
     end = runs.read_marker(marker)
-    if end is None and noted.received.count(signal.SIGINT) > 1:
-        say("ended at once, as asked; the newest checkpoint stays")
-        return INTERRUPTED
-    if end is None:
+    killed_on_request = end is None and noted.received.count(signal.SIGINT) > 1
+    words_are_shown = end is not None and (end[0] != "failed" or 0 in dead)  # rank 0's are on the console already
+    if not (killed_on_request or words_are_shown):
         report_death(ranks, dead, logs, begins)
-        return CRASHED
-    if end[0] == "failed":
-        if 0 not in dead:  # rank 0's own words are on the console already
-            report_death(ranks, dead, logs, begins)
-        return program.KNOWN_ERROR
-    return INTERRUPTED if end[1]["signal"] == "SIGINT" else 0
+    return end
 
 
 def start_rank(job: LocalJob, rank: int, environment: dict[str, str], log: Path, lock: int) -> subprocess.Popen[bytes]:
@@ -199,12 +239,6 @@ def report_death(ranks: list[subprocess.Popen[bytes]], dead: list[int], logs: li
 def ending(status: int) -> str:
     """How a process ended, in words."""
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-
-
-def newest_checkpoint(run: Path) -> str | None:
-    """Name of the newest committed checkpoint."""
-    names = [p.name for p in (run / "checkpoints").glob("step_*") if p.suffix == ""]
-    return max(names, default=None)
 
 
 def say(text: str) -> None:

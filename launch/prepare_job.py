@@ -166,7 +166,7 @@ def understood(words: list[str]) -> Namespace:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return cli._parser().parse_args(words)
+            return cli.parser().parse_args(words)
     except SystemExit as end:
         if not end.code:  # --help
             raise
@@ -339,9 +339,7 @@ def asked(job: PrepareJob, profile: Profile, step: Step, code: Path, token: str)
             **profile.sbatch,
         },
         "setup": [
-            *(f"export {name}={shlex.quote(str(value))}" for name, value in profile.environment.items()),
-            *(f"module load {shlex.quote(module)}" for module in profile.modules),
-            *profile.setup,
+            *batch_script.environment(profile),
             *(f"{name}={shlex.quote(str(value))}" for name, value in facts.items()),
             f"work={step.work} number={step.number}",
             "export PYTHONUNBUFFERED=1",

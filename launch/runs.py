@@ -1,23 +1,29 @@
 """What the launcher keeps in a run's folder: the lock, the record of the last job, the markers of its attempts.
 
     RUN/
-        run.lock                        held (flock) while a job of this machine trains or a submission is under way
-        job.json                        the last submitted job: where, its number, its size, its code
-        code/DIGEST/                    one snapshot per different code or configuration, see launch/snapshot.py
-        jobs/JOB.ATTEMPT.finished       how an attempt ended, written by its rank 0: training is complete,
-        jobs/JOB.ATTEMPT.interrupted    or stopped as planned with a checkpoint, so that it should go on,
-        jobs/JOB.ATTEMPT.failed         or failed in a way that another attempt would repeat
-        logs/                           one file per rank, appended by every attempt
+        run.lock                          held (flock) while a job of this machine trains or a submission is under way
+        job.json                          the last submitted job: where, its number, its size, its code
+        events.jsonl                      the story, see launch/events.py
+        code/DIGEST/                      one snapshot per different code or configuration, see launch/snapshot.py
+        jobs/TOKEN.ATTEMPT.stopping       all ranks agreed to stop, and save
+        jobs/TOKEN.ATTEMPT.interrupted    how an attempt ended, written by its rank 0: stopped as planned, and saved,
+        jobs/TOKEN.ATTEMPT.finished       or training is complete,
+        jobs/TOKEN.ATTEMPT.failed         or it failed in a way that another attempt would repeat
+        jobs/TOKEN.tally                  crashes in a row, and on which nodes, see launch/verdict.py
+        jobs/NUMBER_submission.sh         what sbatch was given
+        logs/                             one file per rank, appended by every attempt; batch.log of the batch script
 
-A lock on an open file ends with the last process that has it open, however that one dies; the ranks of a local job
-inherit it.
+TOKEN names one submission for good, where Slurm may give a number again. A lock on an open file ends with the last
+process that has it open, however that one dies; the ranks of a local job inherit it.
 """
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import json
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +32,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 End = Literal["finished", "interrupted", "failed"]
+"""How an attempt can end in words of its own; one that crashed leaves none."""
 
 MARKER_VARIABLE = "DGT_MARKER"
 """Environment variable that tells a rank where to leave its marker: a path without the ending."""
 LOCK_VARIABLE = "DGT_RUN_LOCKED"
 """Environment variable that tells a rank that whoever started it guards the run's folder."""
+DEADLINE_VARIABLE = "DGT_DEADLINE"
+"""Environment variable with the time, in seconds since the epoch, at which the scheduler will end the job."""
 
 
 class LaunchError(RuntimeError):
@@ -39,34 +48,52 @@ class LaunchError(RuntimeError):
 
 @dataclass(frozen=True)
 class JobRecord:
-    """The last job of a run."""
+    """The last job of a run, complete enough to be submitted again."""
 
     cluster: Literal["slurm", "local"]
+    token: str
+    """Names this submission; also the Slurm job's comment, by which it is found where no number was recorded."""
     job: str
-    """Slurm's job number, or the local launcher's name for it."""
+    """Slurm's number; empty while sbatch has not answered, and for a local job."""
     nodes: int
     processes_per_node: int
-    command: str
+    use_gpus: bool
+    command: tuple[str, ...]
     """What every rank executes, with the snapshot's path."""
+    workdir: str
+    """Where relative paths of the configuration start."""
+    profile: dict[str, Any]
+    """Everything else that was asked for, see launch/profiles.py."""
     submitted: str
     """Time of submission, ISO 8601."""
-    host: str = ""
+    host: str
     """Machine that it was submitted from."""
+
+    @property
+    def name(self) -> str:
+        """What a person calls the job."""
+        return f"Slurm job {self.job or self.token}" if self.cluster == "slurm" else f"local job {self.token}"
+
+
+def new_token(cluster: Literal["slurm", "local"]) -> str:
+    """A name for a submission that no other of the run has; such names sort by time."""
+    return f"{cluster}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def write_record(run: Path, record: JobRecord) -> None:
     """Replaces job.json atomically."""
-    write_atomically(run / "job.json", json.dumps(asdict(record) | {"host": socket.gethostname()}, indent=1) + "\n")
+    write_atomically(run / "job.json", json.dumps(asdict(record), indent=1) + "\n")
 
 
 def read_record(run: Path) -> JobRecord | None:
     """The last job; None where none was submitted. Raises LaunchError where job.json is not readable."""
     path = run / "job.json"
     try:
-        return JobRecord(**json.loads(path.read_text()))
+        found = json.loads(path.read_text())
+        return JobRecord(**(found | {"command": tuple(found["command"])}))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise LaunchError(f"{path} cannot be read ({error}); it names the last job of this run. Remove it") from None
 
 
@@ -78,13 +105,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[int]:
+def locked(run: Path, mode: int = 0o700) -> Iterator[int]:
     """Holds the run's lock and gives its file descriptor, for processes that should hold it too.
 
-    Raises LaunchError where another process has it, or where the folder cannot be written.
+    `mode`: permissions of the run's folder where it is made now. Raises LaunchError where another process has the
+    lock, or where the folder cannot be written.
     """
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        if not run.exists():
+            run.mkdir(parents=True, exist_ok=True)
+            run.chmod(mode)  # mkdir's own mode is subject to the umask
         descriptor = os.open(run / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise LaunchError(f"{run} cannot be written: {error.strerror or error}") from None
@@ -95,7 +125,7 @@ def locked(run: Path) -> Iterator[int]:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
             raise LaunchError(
                 f"the run {run.name} is active: {holder} holds {run / 'run.lock'}. Wait for its end, stop it, or "
-                "choose another --name"
+                "choose another name"
             ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -104,8 +134,8 @@ def locked(run: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def leave_marker(prefix: str, end: End, facts: dict[str, Any]) -> None:
-    """Says how an attempt ended, for the launcher that waits for it."""
+def leave_marker(prefix: str, end: End | Literal["stopping"], facts: dict[str, Any]) -> None:
+    """Says how an attempt ended, for the launcher that waits for it; or that it is about to."""
     path = Path(f"{prefix}.{end}")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(facts) + "\n")
@@ -119,3 +149,31 @@ def read_marker(prefix: str) -> tuple[End, dict[str, Any]] | None:
         if path.exists():
             return end, json.loads(path.read_text())
     return None
+
+
+def newest_checkpoint(run: Path) -> str | None:
+    """Name of the newest committed checkpoint; None where there is none."""
+    names = [path.name for path in (run / "checkpoints").glob("step_*") if path.suffix == ""]
+    return max(names, default=None)
+
+
+def step_of(checkpoint: str | None) -> int | None:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.removeprefix("step_")) if checkpoint else None
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text; empty where there is none."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def read_json(path: str | Path) -> dict[str, Any] | None:
+    """A file's JSON object; None where it is missing or cut off."""
+    try:
+        found = json.loads(read_text(path))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

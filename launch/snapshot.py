@@ -28,20 +28,21 @@ DIGEST_LENGTH = 12
 def take(run: Path, config_yaml: str, root: Path | None = None) -> Path:
     """Copies the code under `root` (default: what is running now) and the configuration; returns the snapshot.
 
-    Raises LaunchError where the folder cannot be written.
+    The caller holds the run's lock. Raises LaunchError where the folder cannot be written, or where the snapshot that
+    is there is not to be trusted.
     """
     root = root or Path(__file__).resolve().parents[1]
     files = code_files(root)
-    digest = hashlib.sha256(config_yaml.encode())
-    for name in files:
-        digest.update(f"\0{name}\0".encode())
-        digest.update((root / name).read_bytes())
-    final = run / "code" / digest.hexdigest()[:DIGEST_LENGTH]
+    final = run / "code" / digest_of(root, files, config_yaml)
     if final.is_dir():
+        check_unchanged(final, files)
         return final
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.new")
+    temporary = final.with_name(f".{final.name}.new")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in final.parent.glob(
+            ".*.new"
+        ):  # by a submission that was killed; the run's lock says that none is alive
+            shutil.rmtree(left, ignore_errors=True)
         for name in files:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, temporary / name)
@@ -52,6 +53,27 @@ def take(run: Path, config_yaml: str, root: Path | None = None) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise LaunchError(f"the code could not be copied to {final}: {error.strerror or error}") from None
     return final
+
+
+def digest_of(root: Path, files: list[str], config_yaml: str) -> str:
+    """The name of a snapshot of these files and this configuration."""
+    digest = hashlib.sha256(config_yaml.encode())
+    for name in files:
+        digest.update(f"\0{name}\0".encode())
+        digest.update((root / name).read_bytes())
+    return digest.hexdigest()[:DIGEST_LENGTH]
+
+
+def check_unchanged(snapshot: Path, files: list[str]) -> None:
+    """Raises LaunchError where an earlier snapshot is somebody else's, or no longer what its name says."""
+    if snapshot.stat().st_uid != os.getuid():
+        raise LaunchError(f"{snapshot} belongs to another user, whose code would run as you; choose another name")
+    try:
+        found = digest_of(snapshot, files, (snapshot / "config.yaml").read_text())
+    except OSError as error:
+        found = error.strerror or str(error)
+    if found != snapshot.name:
+        raise LaunchError(f"{snapshot} has been changed since it was made ({found}); remove it, and submit again")
 
 
 def code_files(root: Path) -> list[str]:

@@ -3,154 +3,103 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
-import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 if not __package__:  # started as a file: what is imported must come from beside it, and `launch` is a package
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
 
-from launch import batch_script, checks, layout, local, profiles, program, runs, snapshot
-from launch.layout import Cluster, Layout, Wish
-from launch.profiles import Profile
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from dgt.config import Config
-
-FROM_COMMAND_LINE = (
-    "partition", "account", "qos", "constraint", "exclude", "mem", "time", "cpus_per_task", "signal_lead",
-    "max_retries",
-)  # fmt: skip
-"""Options that go before what the profile says."""
+from launch import checks, layout, options, profiles, program, submission, sweep, wait
+from launch.layout import Wish
+from launch.submission import Checked, Request
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks, then shows (--dry-run) or starts the job; returns the exit status."""
-    options = parser().parse_intermixed_args(argv)
-    return program.guarded("dgt-submit", lambda: submit(options))
+    parser, words = options.parser(), list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)  # argparse itself does not stop there
+    chosen = parser.parse_intermixed_args(words[:end])
+    chosen.overrides += words[end + 1 :]
+    if not (chosen.config or chosen.prepare):
+        parser.error("the following arguments are required: --config (or --prepare)")
+    return program.guarded("dgt-submit", lambda: prepare(chosen) if chosen.prepare else submit(chosen))
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result = argparse.ArgumentParser(
-        prog="dgt-submit",
-        description="Start a training run on this machine or through Slurm. Naming a run that has ended goes on from "
-        "its newest checkpoint; naming an active one is refused.",
-    )
-    result.add_argument("--config", required=True, metavar="FILE", help="configuration, YAML")
-    result.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps.epochs=10")
-    result.add_argument("--name", help="the run's name, in place of the configuration's")
-    result.add_argument("--dry-run", action="store_true", help="show what would be started, and start nothing")
-    result.add_argument(
-        "--cluster", choices=("auto", "slurm", "local"), default="auto", help="auto: Slurm where sbatch is"
-    )
-    result.add_argument("--nodes", type=int, metavar="N", help="number of nodes (default: 1)")
-    result.add_argument(
-        "--gpus-per-node", type=int, metavar="M", help="one process per GPU (default: all here, the profile's in Slurm)"
-    )
-    result.add_argument("--processes-per-node", type=int, metavar="P", help="run on CPU with this many processes")
-    result.add_argument(
-        "--max-retries", type=int, metavar="R",
-        help="crashes in a row without a new checkpoint after which a run is still started again (default: 0 here, "
-        "the profile's in Slurm)",
-    )  # fmt: skip
-    slurm = result.add_argument_group("Slurm", "each goes before what the profile says")
-    slurm.add_argument("--profile", metavar="NAME", help="slurm/profiles/NAME.yaml, or a path (default: generic)")
-    for option in ("partition", "account", "qos", "constraint", "exclude", "mem"):
-        slurm.add_argument(f"--{option}", help="as of sbatch")
-    slurm.add_argument("--time", help="limit of one attempt, as of sbatch; the run goes on after it")
-    slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="CPU cores of one process")
-    slurm.add_argument("--signal-lead", type=int, metavar="S", help="seconds before the limit at which ranks save")
-    return result
+def submit(chosen: argparse.Namespace) -> int:
+    """Loads the configuration, checks everything, and hands the jobs to where they run."""
+    requests = requested(chosen)
+    checked = [submission.check(request) for request in requests]
+    if chosen.dry_run:
+        for request, found in zip(requests, checked, strict=True):
+            print(show(request, found))
+        return 0
+    problems = dict.fromkeys(problem for found in checked for problem in found.problems)
+    if problems:  # of any of them: a sweep starts whole or not at all
+        return program.refuse("dgt-submit", *problems)
+    for warning in dict.fromkeys(warning for found in checked for warning in found.warnings):
+        print(f"dgt-submit: warning: {warning}", file=sys.stderr)
+    for request in requests:
+        status = submission.start(request)
+        if status:
+            return status
+    if chosen.wait and requests[0].layout.cluster == "slurm":
+        return wait.until_ended([request.run for request in requests])
+    return 0
 
 
-def submit(options: argparse.Namespace) -> int:
-    """Loads the configuration, checks everything, and hands the job to where it runs."""
-    from dgt.config import load, to_yaml
+def requested(chosen: argparse.Namespace) -> list[Request]:
+    """One request, or one per combination of a sweep."""
+    from dgt.config import load
 
-    name = [f"name={options.name}"] if options.name else []
-    config = load(options.config, [*options.overrides, *name])
-    profile = profiles.load(options.profile, {name: getattr(options, name) for name in FROM_COMMAND_LINE})
-    wish = Wish(options.cluster, options.nodes, options.gpus_per_node, options.processes_per_node, options.dry_run)
+    profile = chosen_profile(chosen)
+    wish = Wish(chosen.cluster, chosen.nodes, chosen.gpus_per_node, chosen.processes_per_node, chosen.dry_run)
     where = layout.choose(wish, profile.gpus_per_node)
-    network = checks.network(config)
-    checks.batches(config, where.ranks)
-    checks.augmentation(config)
-    found = checks.problems(lambda: checks.samples(config), lambda: checks.output_folder(config))
-    if options.dry_run:
-        return show(config, where, profile, network, found)
-    if found:
-        return program.refuse("dgt-submit", *found)
-    with runs.locked(config.run_dir) as lock:
-        checks.not_active(config.run_dir)
-        code = snapshot.take(config.run_dir, to_yaml(config)).absolute()
-        if where.cluster == "slurm":
-            return start_in_slurm(slurm_job(config, where, profile, code))
-        return start_here(config.run_dir, where, code, options.max_retries or 0, lock)
+    if where.cluster == "local" and chosen.max_retries is None:
+        profile = replace(profile, max_retries=0)  # whoever watches a console would rather see the error
+    requests = []
+    for ending, overrides in sweep.combinations(chosen.sweep):
+        config = load(chosen.config, [*chosen.overrides, *overrides])
+        name = (chosen.name or config.name) + ending
+        requests.append(Request(load(chosen.config, [*chosen.overrides, *overrides, f"name={name}"]), where, profile))
+    return requests
 
 
-def show(config: Config, where: Layout, profile: Profile, network: nn.Module, found: list[str]) -> int:
-    """Prints what would be started."""
+def chosen_profile(chosen: argparse.Namespace) -> profiles.Profile:
+    """The profile, under what the command line says."""
+    return profiles.load(chosen.profile, {name: getattr(chosen, name) for name in options.FROM_COMMAND_LINE})
+
+
+def show(request: Request, found: Checked) -> str:
+    """What would be started, in words."""
     from launch import plan
 
     try:
-        samples = checks.samples(config)[0]
+        samples = checks.samples(request.config)[0]
     except checks.known_errors():  # it is among the problems found
         samples = None
-    code = config.run_dir.absolute() / "code" / "DIGEST"
-    if where.cluster == "slurm":
-        job = batch_script.text(slurm_job(config, where, profile, code))
-    else:
-        job = f"{where.processes_per_node} x  {shlex.join(rank_command(code))}"
-    if where.cluster == "slurm" and not profile.cpus_per_task:
-        found = [*found, "no --cpus-per-task: Slurm gives each process one core, which decodes images slowly"]
-    print(plan.describe(config, where, network, samples, job, found))
-    return 0
+    job = submission.described(request)
+    return plan.describe(
+        request.config, request.layout, found.network, samples, job, [*found.problems, *found.warnings]
+    )
 
 
-def rank_command(code: Path) -> tuple[str, ...]:
-    """What every rank executes: the program of the snapshot, with the snapshot's configuration."""
-    return sys.executable, str(code / "launch" / "train.py"), "--config", str(code / "config.yaml")
+def prepare(chosen: argparse.Namespace) -> int:
+    """Runs a converter as a job array, or here."""
+    from launch import prepare_here, prepare_job
 
-
-def slurm_job(config: Config, where: Layout, profile: Profile, code: Path) -> batch_script.SlurmJob:
-    """The job as sbatch is to get it."""
-    return batch_script.SlurmJob(config.run_dir.absolute(), rank_command(code), Path.cwd(), where, profile)
-
-
-def start_in_slurm(job: batch_script.SlurmJob) -> int:
-    """Submits the job and says where to look."""
-    number = batch_script.submit(job)
-    record(job.run, "slurm", number, job.layout, job.command)
-    print(f"run {job.run}: Slurm job {number}, {job.layout}")
-    print(f"  logs    {job.run / 'logs'} (batch.log, rank-*.log)")
-    print(f"  state   squeue --jobs={number}")
-    print(f"  curves  tensorboard --logdir {job.run / 'tensorboard'}")
-    print(f"  stop    scancel {number}; submitting the same name again goes on")
-    return 0
-
-
-def start_here(run: Path, where: Layout, code: Path, max_retries: int, lock: int) -> int:
-    """Runs the job on this machine to its end."""
-    name = f"local-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-    command = rank_command(code)
-    record(run, "local", name, where, command)
-    local.say(f"run {run}: {where}; curves: tensorboard --logdir {run / 'tensorboard'}")
-    job = local.LocalJob(name, run, command, where.processes_per_node, where.use_gpus, max_retries)
-    return local.run(job, lock)
-
-
-def record(run: Path, where: Cluster, job: str, size: Layout, command: tuple[str, ...]) -> None:
-    """Notes the job in the run's folder."""
-    now = datetime.datetime.now().isoformat(timespec="seconds")
-    runs.write_record(run, runs.JobRecord(where, job, size.nodes, size.processes_per_node, shlex.join(command), now))
+    profile = chosen_profile(chosen)
+    work = prepare_job.parse(chosen.overrides, chosen.parts)
+    slurm = chosen.cluster == "slurm" or (chosen.cluster == "auto" and layout.has_slurm())
+    if chosen.dry_run:
+        print(prepare_job.show(work, profile) if slurm else prepare_here.show(work))
+        return 0
+    if slurm:
+        prepare_job.submit(work, profile)
+        return 0
+    return prepare_here.run(work, chosen.max_retries or 0)
 
 
 if __name__ == "__main__":

@@ -85,12 +85,12 @@ interrupted.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare shards as the arguments say; returns the exit code."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    command_line = parser()
+    arguments = command_line.parse_args(argv)
     try:
         chosen = options.from_arguments(arguments)
     except ValueError as error:
-        parser.error(str(error))
+        command_line.error(str(error))
     started = time.monotonic()
     try:
         listing = None if arguments.merge else _list_source(arguments)
@@ -174,21 +174,22 @@ def _print_some(what: str, lines: list[str]) -> None:
         print(f"{what}: {len(lines) - _SHOWN} more", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line, with a subcommand for each converter."""
     raw = argparse.RawDescriptionHelpFormatter
     listed = "\n".join(f"  {converter.NAME:<15}{converter.HELP}" for converter in CONVERTERS)
-    parser = argparse.ArgumentParser(
+    result = argparse.ArgumentParser(
         "python -m data_pipeline.prepare",
         description="Turn images into shards for training.\n\n"
         f"converters, by what they read (each has a --help of its own):\n{listed}",
         epilog=_EPILOG,
         formatter_class=raw,
     )
-    converters = parser.add_subparsers(dest="converter", required=True, metavar="CONVERTER", help="one of the above")
+    converters = result.add_subparsers(dest="converter", required=True, metavar="CONVERTER", help="one of the above")
     for converter in CONVERTERS:
         own = converters.add_parser(converter.NAME, formatter_class=raw)
         own.set_defaults(list_source=converter.list_source)
         converter.add_arguments(own)
         own.epilog = f"{own.epilog or ''}\n{_EPILOG}".lstrip()
         options.add_arguments(own)
-    return parser
+    return result

@@ -104,7 +104,7 @@ class Cache:
                 with self._names():
                     pass
             self._ready = True
-        kind = _file_system_kind(self._folder)
+        kind = file_system_kind(self._folder)
         if kind not in _REMOTE_KINDS and not kind.startswith("fuse."):
             return ""
         return (
@@ -369,7 +369,7 @@ def _free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _file_system_kind(folder: Path) -> str:
+def file_system_kind(folder: Path) -> str:
     """The kind of the file system that holds a folder, such as "ext4"; empty where it cannot be told."""
     try:
         lines = Path("/proc/self/mounts").read_text().splitlines()

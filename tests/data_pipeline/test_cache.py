@@ -283,14 +283,14 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
 def test_a_folder_on_remote_storage_is_warned_of_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, warned: bool
 ) -> None:
-    monkeypatch.setattr(cache_module, "_file_system_kind", lambda folder: kind)
+    monkeypatch.setattr(cache_module, "file_system_kind", lambda folder: kind)
     cache = Cache(str(tmp_path), 1000)
     assert bool(cache.prepare()) is warned
     assert cache.prepare() == ""
 
 
 def test_the_kind_of_a_file_system_is_found(small_disk: Path) -> None:
-    assert cache_module._file_system_kind(small_disk / "cache") == "tmpfs"
+    assert cache_module.file_system_kind(small_disk / "cache") == "tmpfs"
 
 
 def test_variables_in_the_folder_s_name_are_filled_in_on_the_node(

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
-import shutil
-import signal
-import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+
+from launch import local_slurm, runs
+from launch.runs import JobRecord, LaunchError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -47,6 +44,13 @@ def write_config(folder: Path) -> Path:
     return path
 
 
+def write_slurm_record(run: Path, job: str) -> None:
+    """Makes a Slurm job the last one of the run."""
+    token = "slurm-20260101-000000-abcd"
+    record = JobRecord("slurm", token, job, 2, 8, True, ("rank",), str(run), {}, "2026-01-01T00:00:00", "here")
+    runs.write_record(run, record)
+
+
 def wait_for(happened: Callable[[], object], what: str) -> None:
     """Looks until `happened` is true."""
     deadline = time.monotonic() + PATIENCE
@@ -67,112 +71,14 @@ def has_step(run: Path, step: int) -> bool:
     return (run / "metrics.jsonl").exists() and step in steps_logged(run)
 
 
-@dataclass(frozen=True)
-class Slurm:
-    """The cluster: partition low is preempted by high, with 15 s of grace."""
-
-    folder: Path
-
-    def ask(self, *command: str) -> str:
-        """Output of one of Slurm's commands."""
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    def state(self, job: str) -> dict[str, str]:
-        """Fields of `scontrol show job`."""
-        words = self.ask("scontrol", "show", "job", "--oneliner", job).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
-
-
-SLURM_CONF = """
-ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmUser={user}
-SlurmdUser={user}
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/%n.log
-AuthType=auth/none
-CredType=cred/none
-AuthInfo=cred_expire=5
-SlurmdTimeout=10
-KillWait=5
-ReturnToService=2
-MpiDefault=none
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SchedulerParameters=sched_interval=1,bf_interval=1
-SelectType=select/cons_tres
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-GresTypes=gpu
-{nodes}
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=15
-PartitionName=high Nodes=ALL PriorityTier=10 GraceTime=15
-"""
-
-
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """Starts the cluster; skips where Slurm is not installed, but not under CI."""
-    missing = [name for name in ("slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
-    if missing:
-        sentence = f"{', '.join(missing)} not found; apt-get install slurmctld slurmd slurm-client"
-        pytest.fail(sentence) if os.environ.get("CI") == "true" else pytest.skip(sentence)
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local_slurm.LocalSlurm]:
+    """The cluster of `launch.local_slurm`; skips where Slurm is not installed, but not under CI."""
     folder = tmp_path_factory.mktemp("slurm")
-    names = [f"n{i}" for i in range(1, 5)]
-    ports = free_ports(1 + len(names))
-    lines = [
-        f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=2 Gres=gpu:2"
-        for name, port in zip(names, ports[1:], strict=True)
-    ]
-    for gpu in ("gpu0", "gpu1"):
-        (folder / gpu).touch()
-    (folder / "state").mkdir()
-    (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/gpu0\nName=gpu File={folder}/gpu1\n")
-    (folder / "slurm.conf").write_text(
-        SLURM_CONF.format(
-            host=socket.gethostname(), ports=ports, user=getpass.getuser(), folder=folder, nodes="\n".join(lines)
-        )
-    )
-    before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-    cluster = Slurm(folder)
-    daemons = [subprocess.Popen(["slurmctld", "-D"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)]
     try:
-        for name in names:
-            (folder / name).mkdir()
-            daemons.append(
-                subprocess.Popen(["slurmd", "-D", "-N", name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            )
-        wait_for(lambda: all_idle(len(names)), "four idle nodes")
-        yield cluster
-    finally:
-        subprocess.run(["scancel", "--user", getpass.getuser()], capture_output=True)
-        wait_for(lambda: not subprocess.run(["squeue", "-h"], capture_output=True).stdout, "an empty queue")
-        for daemon in reversed(daemons):
-            daemon.send_signal(signal.SIGTERM)
-            daemon.wait(timeout=30)
-        os.environ.pop("SLURM_CONF")
-        if before is not None:
-            os.environ["SLURM_CONF"] = before
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.socket() for _ in range(number)]
-    for listener in sockets:
-        listener.bind(("127.0.0.1", 0))
-    ports = [listener.getsockname()[1] for listener in sockets]
-    for listener in sockets:
-        listener.close()
-    return ports
-
-
-def all_idle(nodes: int) -> bool:
-    """Whether every node waits for work."""
-    answer = subprocess.run(["sinfo", "-h", "-N", "-p", "low", "-o", "%T"], capture_output=True, text=True)
-    return answer.stdout.split() == ["idle"] * nodes
+        with local_slurm.running(folder) as cluster:
+            yield cluster
+    except LaunchError as error:
+        if os.environ.get("CI") == "true" or "not found" not in str(error):
+            pytest.fail(str(error))
+        pytest.skip(str(error))

@@ -264,7 +264,7 @@ def test_folder_that_other_nodes_hardly_see_is_warned_about(
     run: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        cache, "_file_system_kind", lambda folder: "tmpfs" if folder.is_relative_to("/dev/shm") else "nfs4"
+        cache, "file_system_kind", lambda folder: "tmpfs" if folder.is_relative_to("/dev/shm") else "nfs4"
     )
     assert limits.shared_folder(Path(run), 2) == (
         f"output_dir: {run} {sentence}; the 2 nodes need a folder on a file system that all of them see"

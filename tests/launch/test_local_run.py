@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import has_step, steps_logged, wait_for, write_config
+from conftest import has_step, steps_logged, wait_for, write_config, write_slurm_record
 from safetensors import safe_open
 
 from dgt.config import load
@@ -178,7 +178,8 @@ def as_program() -> Iterator[None]:
 def test_evaluation_gives_the_metrics_that_training_ended_with(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main(["--config", str(line.config), "--checkpoint", "newest", "--json", "steps.epochs=6"]) == 0
     found = json.loads(capsys.readouterr().out)
-    logged = json.loads((line.run / "metrics.jsonl").read_text().splitlines()[-1])
+    rows = [json.loads(row) for row in (line.run / "metrics.jsonl").read_text().splitlines()]
+    logged = next(row for row in reversed(rows) if "val/top1" in row)
     assert (found["step"], found["weights"], found["samples"]) == (STEPS, "ema", 9)
     for name in ("top1", "top5", "loss"):
         # one rank batches the images otherwise than two did: float32 sums differ in their last bits
@@ -304,7 +305,7 @@ def test_rank_alone_does_not_join_an_active_slurm_job_but_is_one(
 ) -> None:
     run = tmp_path / "runs" / "tiny"
     run.mkdir(parents=True)
-    runs.write_record(run, runs.JobRecord("slurm", "77", 1, 1, "command", "2026-01-01T00:00:00"))
+    write_slurm_record(run, "77")
     squeue = tmp_path / "bin" / "squeue"
     squeue.parent.mkdir()
     squeue.write_text("#!/bin/sh\necho RUNNING\n")

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, write_slurm_record
 
-from launch import checks, layout, runs, submit
+from launch import checks, layout, submit
 
 
 def section(text: str, title: str) -> str:
@@ -101,7 +101,7 @@ def test_active_slurm_job_of_the_run_is_refused_and_an_ended_one_is_not(
 ) -> None:
     run = tmp_path / "runs" / "tiny"
     run.mkdir(parents=True)
-    runs.write_record(run, runs.JobRecord("slurm", "77", 2, 8, "command", "2026-01-01T00:00:00"))
+    write_slurm_record(run, "77")
     squeue = tmp_path / "bin" / "squeue"
     squeue.parent.mkdir()
     monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")

@@ -1,0 +1,352 @@
+"""What a batch script does around its ranks; the script itself only calls it (see launch/batch_script.py).
+
+    begin    before anything: is the run complete already, how did the last attempt end, which port and deadline
+    nodes    after the health check: a node that failed it is excluded, and the job is requeued
+    watch    beside the ranks: when the time limit is about to end everything, requeue rather than lose the job
+    end      after the ranks: why did they leave; requeue the job, or end it
+
+`begin` and `nodes` print lines for the shell on standard output. What happened goes into RUN/events.jsonl, and to the
+batch log through standard error. It starts in a moment, because it needs no more than Python itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started as a file: what is imported must come from beside it, and `launch` is a package
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
+
+from launch import cluster, events, runs, verdict
+from launch.verdict import Ending, Tally
+
+PATIENCE_SECONDS = 3600
+"""How long the controller may be away while it is asked for a requeue."""
+RETRY_SECONDS = 5
+NOTICE_SECONDS = 60
+"""Slurm may give its notice of the time limit 30 s early, and ranks with slow saves stop before it."""
+WATCH_SECONDS = 300
+"""How often the watch asks whether the time limit has been changed."""
+LAST_MOMENT_SECONDS = 15
+"""A requeue must be asked for this long before the time limit: a job that has met it never comes back."""
+SHARED_CHECKS = ("all-reduce",)
+"""Checks of slurm/health_check.py that stand in every node's report, and blame none."""
+KILLED_SECONDS = 600
+"""Slurm ends a job that it requeues within its KillWait."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt of one submission, as its batch script knows it."""
+
+    run: Path
+    token: str
+    job: str
+    number: int
+    """0 for the first."""
+    nodes: tuple[str, ...]
+    partition: str
+    lead: int
+    """Seconds before the time limit at which Slurm gives notice."""
+    max_retries: int
+
+    @property
+    def prefix(self) -> str:
+        """Where its markers are, without their endings."""
+        return f"{self.run}/jobs/{self.token}.{self.number}"
+
+    @property
+    def title(self) -> str:
+        """The line in the batch log that it begins with."""
+        return f"== attempt {self.number} of job {self.job} on {','.join(self.nodes)} =="
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Does one of the four things; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="dgt-attempt", description="Part of a Slurm batch script.")
+    parser.add_argument("act", choices=("begin", "nodes", "watch", "end"))
+    parser.add_argument("--run", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--token", required=True, help="names the submission")
+    parser.add_argument("--lead", type=int, required=True, help="seconds between Slurm's notice and the time limit")
+    parser.add_argument("--max-retries", type=int, required=True, help="fruitless attempts in a row that are retried")
+    options = parser.parse_args(argv)
+    environment = os.environ
+    attempt = Attempt(
+        options.run,
+        options.token,
+        environment["SLURM_JOB_ID"],
+        int(environment.get("SLURM_RESTART_COUNT", 0)),
+        tuple(cluster.hostnames(environment["SLURM_JOB_NODELIST"])),
+        environment["SLURM_JOB_PARTITION"],
+        options.lead,
+        options.max_retries,
+    )
+    return {"begin": begin, "nodes": judge_nodes, "watch": watch, "end": end}[options.act](attempt)
+
+
+def begin(attempt: Attempt) -> int:
+    """Prints the variables of this attempt for the shell, or `exit` where nothing is left to do."""
+    say(attempt.title)
+    jobs = attempt.run / "jobs"
+    if any(jobs.glob(f"{attempt.token}.*.finished")):
+        say("training was complete before; nothing is left to do")
+        print("exit 0")
+        return 0
+    record = runs.read_record(attempt.run)
+    if record is None or record.token != attempt.token:
+        say(
+            f"{attempt.run} belongs to another submission now ({record.name if record else 'none'}); this one gives way"
+        )
+        print("exit 2")
+        return 0
+    note_vanished(attempt)
+    note_new_attempt(attempt)
+    (jobs / f"{attempt.token}.shared").write_text(attempt.token)
+    print(f"export MASTER_PORT={cluster.free_port()}")
+    fields = cluster.job_fields(attempt.job)
+    deadline = cluster.seconds(fields["EndTime"]) if fields else None
+    if deadline is not None:
+        print(f"export {runs.DEADLINE_VARIABLE}={deadline:.0f}")
+    return 0
+
+
+def note_new_attempt(attempt: Attempt) -> None:
+    """Notes the start, with the newest checkpoint, which `end` compares with the newest then."""
+    newest = runs.newest_checkpoint(attempt.run)
+    Path(f"{attempt.prefix}.before").write_text(newest or "")
+    where = f"attempt {attempt.number} of Slurm job {attempt.job} on {','.join(attempt.nodes)}"
+    text = f"{where}, from {newest or 'the beginning'}"
+    tell(attempt, "started", text, nodes=list(attempt.nodes), step=runs.step_of(newest))
+
+
+def note_vanished(attempt: Attempt) -> None:
+    """Where the last attempt had no chance to say how it ended, notes what can be known of it now."""
+    story = [event for event in events.read(attempt.run) if event.get("token") == attempt.token]
+    started = [event for event in story if event["event"] == "started"]
+    if not started or any(event["event"] == "stopped" for event in story[story.index(started[-1]) :]):
+        return
+    last = started[-1]
+    states = cluster.node_states(attempt.partition)
+    lost = [node for node in last.get("nodes", ()) if cluster.is_lost(states.get(node, ""))]
+    asked = runs.read_json(Path(f"{attempt.run}/jobs/{attempt.token}.{last['attempt']}.stopping"))
+    if lost:
+        reason, text = "node failure", f"node {','.join(lost)} failed"
+    elif asked:
+        reason = "preempted" if asked.get("preempted") else "signal"
+        text = f"ended while it saved, after {asked['signal']}; its time was too short for a save"
+    else:
+        reason, text = "unknown", "ended at once: preempted without grace, or killed, or its node failed"
+    newest = runs.newest_checkpoint(attempt.run)
+    tell(
+        attempt,
+        "stopped",
+        f"{text}; {going_on(newest)}",
+        reason=reason,
+        attempt=last["attempt"],
+        step=runs.step_of(newest),
+    )
+
+
+def judge_nodes(attempt: Attempt) -> int:
+    """Reads the reports of the health check; prints `exit` where the job cannot run on these nodes."""
+    reports = [runs.read_json(path) or {} for path in Path(f"{attempt.prefix}.health").glob("*.json")]
+    if not reports:
+        say(f"the health check left no report, see {attempt.run}/logs/health.log; no node is judged")
+        return 0
+    told = {report["node"]: report for report in reports if "node" in report}
+    shared = {check["text"] for report in told.values() for check in failed(report) if check["name"] in SHARED_CHECKS}
+    if shared:
+        tell(attempt, "warning", f"the nodes together fail their health check: {'; '.join(sorted(shared))}")
+    bad = {node: why for node in attempt.nodes if (why := complaint(told.get(node)))}
+    if not bad:
+        return 0
+    for node, why in bad.items():
+        say(f"node {node} fails its health check: {why}")
+    if len(bad) == len(attempt.nodes) > 1 and len(set(bad.values())) == 1:
+        return give_up(attempt, f"every node fails the health check in the same way: {next(iter(bad.values()))}")
+    if not can_exclude(attempt, bad):
+        return give_up(attempt, f"node {','.join(bad)} fails the health check, and too few others are left")
+    why = "; ".join(f"node {node} fails its health check: {text}" for node, text in bad.items())
+    tell(attempt, "stopped", why, reason="node failure")
+    return requeue(attempt, why, exclude=tuple(bad))
+
+
+def complaint(report: dict[str, Any] | None) -> str:
+    """What a node's report holds against the node; empty where it is healthy."""
+    if report is None:
+        return "it gave no answer"
+    return "; ".join(
+        f"{check['name']}: {check['text']}" for check in failed(report) if check["name"] not in SHARED_CHECKS
+    )
+
+
+def failed(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checks of a report that did not end well."""
+    return [check for check in report["checks"] if not check["ok"]]
+
+
+def give_up(attempt: Attempt, why: str) -> int:
+    """Ends the job before its ranks have started."""
+    tell(attempt, "gave-up", why, reason="node failure")
+    print("exit 1")
+    return 0
+
+
+def watch(attempt: Attempt) -> int:
+    """Waits until the job's time is all but over; a job that has met its limit would not come back.
+
+    Reached only where the ranks did not leave after Slurm's notice, for instance because a save takes too long.
+    """
+    while True:
+        fields = cluster.job_fields(attempt.job)  # the limit can be changed meanwhile
+        deadline = cluster.seconds(fields["EndTime"]) if fields else None
+        left = float("inf") if deadline is None else deadline - LAST_MOMENT_SECONDS - time.time()
+        if left <= 0:
+            break
+        time.sleep(min(left, WATCH_SECONDS))
+    if fields and verdict.word_of_slurm(fields, attempt.number, near_end=True) != "time limit":
+        return 0  # preempted or cancelled: Slurm knows what to do
+    newest = runs.newest_checkpoint(attempt.run)
+    text = f"the time limit came before the ranks had saved: a longer --signal-lead than {attempt.lead} is needed"
+    tell(attempt, "stopped", f"{text}; {going_on(newest)}", reason="time limit", step=runs.step_of(newest))
+    return requeue(attempt, "the time limit is here")
+
+
+def end(attempt: Attempt) -> int:
+    """Decides what becomes of the job, and sees to it."""
+    marker = runs.read_marker(attempt.prefix)
+    newest = runs.newest_checkpoint(attempt.run)
+    said = said_in_attempt(attempt)
+    ending = Ending(
+        marker,
+        "" if marker and marker[0] == "finished" else scheduler(attempt, marker),
+        progressed=(newest or "") != runs.read_text(f"{attempt.prefix}.before"),
+        culprit=verdict.culprit_of(said),
+        lost_node=verdict.lost_node_of(said),
+    )
+    tally_file = attempt.run / "jobs" / f"{attempt.token}.tally"
+    found = verdict.decide(ending, Tally(**(runs.read_json(tally_file) or {})), attempt.max_retries)
+    runs.write_atomically(tally_file, json.dumps(asdict(found.tally)) + "\n")
+    if found.action == "done":
+        tell(attempt, "finished", found.text, step=runs.step_of(newest))
+        return found.status
+    tell(attempt, "stopped", f"{found.text}; {going_on(newest)}", reason=found.reason, step=runs.step_of(newest))
+    if found.action == "stop":
+        if found.reason != "cancelled":
+            tell(attempt, "gave-up", f"{found.text}; see {attempt.run}/logs, and submit the run again to go on")
+        return found.status
+    if found.action == "wait":
+        return found.status
+    exclude = (found.exclude,) if found.exclude and can_exclude(attempt, [found.exclude]) else ()
+    return requeue(attempt, found.text, exclude)
+
+
+def scheduler(attempt: Attempt, marker: tuple[runs.End, dict[str, Any]] | None) -> verdict.Scheduler:
+    """What Slurm did to the job; asks until it answers. Nothing where it never does."""
+    fields = patiently(lambda: cluster.job_fields(attempt.job))
+    if fields is None:
+        return ""
+    deadline = cluster.seconds(fields.get("EndTime", ""))
+    near = deadline is not None and deadline - time.time() < 2 * attempt.lead + NOTICE_SECONDS
+    obeyed = marker is not None and marker[1].get("signal") == "SIGUSR2"
+    return verdict.word_of_slurm(fields, attempt.number, near_end=near and obeyed)
+
+
+def can_exclude(attempt: Attempt, nodes: Any) -> bool:
+    """Whether enough nodes of the partition are left without these and those excluded before."""
+    fields = cluster.job_fields(attempt.job) or {}
+    excluded = {*nodes, *cluster.hostnames(fields.get("ExcNodeList", ""))}
+    return cluster.spare(cluster.node_states(attempt.partition), excluded) >= len(attempt.nodes)
+
+
+def requeue(attempt: Attempt, why: str, exclude: tuple[str, ...] = ()) -> int:
+    """Asks Slurm to start the job again, excludes nodes from it, and waits to be ended; returns only where refused.
+
+    "Incomplete" keeps a job that was cancelled meanwhile from coming back. Nodes can be excluded only once the job
+    waits again, so the TERM that follows a requeue must not end this program before that.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    answer = patiently(lambda: granted(cluster.ask("scontrol", "requeue", "Incomplete", attempt.job)))
+    if answer:
+        fields = cluster.job_fields(attempt.job) or {}
+        state = fields.get("JobState", "unknown")
+        kind: events.Event = "cancelled" if state == "CANCELLED" else "gave-up"
+        tell(attempt, kind, f"not requeued ({answer}; job {attempt.job} is {state}); submit the run again to go on")
+        return 1
+    tell(attempt, "requeued", f"Slurm job {attempt.job} is to start again: {why}")
+    for node in exclude:
+        exclude_node(attempt, node, why)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(KILLED_SECONDS)
+    return 1
+
+
+def granted(answer: Any) -> str | None:
+    """ "" where a request was granted, the refusal in Slurm's words, or None where the controller is away."""
+    if answer is None:
+        return None
+    words = " ".join((answer.stdout + answer.stderr).split())
+    if answer.returncode == 0:
+        return ""
+    away = ("Unable to contact", "Communication", "timed out", "Connection")
+    return None if any(word in words for word in away) else words or "refused"
+
+
+def exclude_node(attempt: Attempt, node: str, why: str) -> None:
+    """Keeps the waiting job off a node."""
+    fields = cluster.job_fields(attempt.job) or {}
+    excluded = [*cluster.hostnames(fields.get("ExcNodeList", "")), node]
+    answer = cluster.ask("scontrol", "update", f"JobId={attempt.job}", f"ExcNodeList={','.join(excluded)}")
+    refused = granted(answer)
+    if refused == "":
+        tell(attempt, "node-excluded", f"node {node} is not used again: {why}", node=node)
+    else:
+        say(f"node {node} could not be excluded: {refused or 'Slurm does not answer'}")
+
+
+def patiently(question: Any) -> Any:
+    """Repeats a question until it has an answer other than None, or patience ends; then None."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        answer = question()
+        if answer is not None or time.monotonic() > deadline:
+            return answer
+        time.sleep(RETRY_SECONDS)
+
+
+def said_in_attempt(attempt: Attempt) -> str:
+    """What the batch log holds since this attempt began."""
+    return runs.read_text(attempt.run / "logs" / "batch.log").rpartition(attempt.title)[2]
+
+
+def going_on(newest: str | None) -> str:
+    """Where the next attempt begins, in words."""
+    return f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+
+
+def tell(attempt: Attempt, event: events.Event, text: str, /, **facts: Any) -> None:
+    """Notes an event of this attempt; a full disk costs the note, not the run."""
+    say(text)
+    facts = {"job": attempt.job, "token": attempt.token, "attempt": attempt.number, **facts}
+    try:
+        events.note(attempt.run, event, text, **facts)
+    except OSError as error:
+        say(f"this could not be noted in {events.FILE}: {error.strerror or error}")
+
+
+def say(text: str) -> None:
+    """A line of the batch log."""
+    print(f"{time.strftime('%F %T')}  {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
