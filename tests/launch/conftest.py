@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -82,3 +83,13 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local_slurm.Loca
         if os.environ.get("CI") == "true" or "not found" not in str(error):
             pytest.fail(str(error))
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(slurm: local_slurm.LocalSlurm, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the run of tests/launch/slurm_runs.py comes to where nobody disturbs it, on the same cluster."""
+    from slurm_runs import Run, result
+
+    run = Run(slurm, tmp_path_factory.mktemp("undisturbed")).start()
+    run.wait_for_end()
+    return result(run.folder)

@@ -1,0 +1,102 @@
+"""Python runs this at its start where this folder is on PYTHONPATH: ranks of a real job pause, fail or dawdle by it.
+
+DGT_TEST_HOLD=PLACE:FILE:ATTEMPT,...  rank 0 makes FILE at the place and waits there until FILE.go exists
+DGT_TEST_RAISE=STEP:RANK[:ATTEMPT]  that rank raises before that step, in each attempt or in that one
+DGT_TEST_STEP_SECONDS=S             every step takes at least so long
+
+DGT_TEST_HOLD=PLACE:FILE:ATTEMPT,...   rank 0 makes FILE at the place, and waits there until FILE.go exists
+gets its name), `saved` (after it has it).
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PATCHED = "dgt.training.trainer"
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Finds one module as everybody does, and changes it once it is loaded."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != PATCHED:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                load(module)
+                patch(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def patch(module: Any) -> None:
+    """Puts the places into the loop."""
+    trainer, evaluation = module.Trainer, module.evaluate
+    run, step, save, rename = trainer.run, trainer.step, trainer.save, Path.rename
+
+    def started(self: Any) -> Any:
+        hold("start")
+        return run(self)
+
+    def stepped(self: Any, *arguments: Any) -> Any:
+        before = time.monotonic()
+        hold(f"step-{self.progress.step + 1}")
+        fail(self.progress.step + 1)
+        result = step(self, *arguments)
+        time.sleep(max(0.0, float(os.environ.get("DGT_TEST_STEP_SECONDS", 0)) - (time.monotonic() - before)))
+        return result
+
+    def evaluated(*arguments: Any) -> Any:
+        hold("evaluation")
+        return evaluation(*arguments)
+
+    def saved(self: Any, *arguments: Any, **more: Any) -> Any:
+        result = save(self, *arguments, **more)
+        hold("saved")
+        return result
+
+    def renamed(path: Path, to: Any) -> Any:
+        if path.suffix == ".saving":
+            hold("save")
+        return rename(path, to)
+
+    trainer.run, trainer.step, trainer.save, module.evaluate = started, stepped, saved, evaluated
+    Path.rename = renamed  # type: ignore[method-assign]
+
+
+def is_this_attempt(words: list[str], position: int) -> bool:
+    """Whether the attempt that the words name, if they do, is the one that runs."""
+    return len(words) <= position or words[position] == os.environ.get("SLURM_RESTART_COUNT", "0")
+
+
+def hold(place: str) -> None:
+    """Waits at a place, once in a process."""
+    for told in os.environ.get("DGT_TEST_HOLD", "::").split(","):
+        words = told.split(":")
+        if words[0] == place and os.environ.get("RANK") == "0" and is_this_attempt(words, 2):
+            os.environ.pop("DGT_TEST_HOLD")
+            Path(words[1]).touch()
+            while not Path(words[1] + ".go").exists():
+                time.sleep(0.02)
+            return
+
+
+def fail(step: int) -> None:
+    """Raises at a step of a rank."""
+    words = os.environ.get("DGT_TEST_RAISE", ":").split(":")
+    if words[0] == str(step) and words[1] == os.environ.get("RANK") and is_this_attempt(words, 2):
+        raise RuntimeError(f"rank {words[1]} was told to raise at step {step}")
+
+
+if any(name.startswith("DGT_TEST_") for name in os.environ):
+    sys.meta_path.insert(0, Finder())

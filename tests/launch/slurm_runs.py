@@ -1,0 +1,208 @@
+"""Runs on the real cluster, disturbed in every way, and what must be true of them in the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from conftest import REPOSITORY, steps_logged, wait_for
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from dgt.training.sample_log import surviving_samples
+from launch import events, runs
+from launch.local_slurm import LocalSlurm
+
+CONFIG = """
+name: tiny
+model: {name: dgt_nano, drop_path_rate: 0.1}
+data: {backend: synthetic, num_classes: 4, image_size: 32, num_threads: 0}
+steps: {epochs: 3, global_batch_size: 8, micro_batch_size: 4, evaluate_every_epochs: 1}
+schedule: {warmup_epochs: 1}
+engine: {name: fsdp, precision: fp32, threads: 1}
+checkpoint: {every_steps: 5, keep_last: 2}
+monitor: {log_every: 1, log_samples: true}
+"""
+TRAIN_SAMPLES, STEPS, STEPS_PER_EPOCH = 32, 12, 4
+INJECT = Path(__file__).parent / "inject"
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+@dataclass
+class Run:
+    """One run in a folder of its own, submitted as a person does it: by the command line."""
+
+    cluster: LocalSlurm
+    base: Path
+    changes: tuple[str, ...] = ()
+    """Overrides of the configuration."""
+    root: Path = REPOSITORY
+    """The checkout whose launch/submit.py is called."""
+    options: tuple[str, ...] = ("--nodes", "2", "--processes-per-node", "1", "--partition", "low")
+    environment: dict[str, str] = field(default_factory=dict)
+    """What the ranks are told by inject/sitecustomize.py."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.base / "runs" / "tiny"
+
+    def submit(self, *more: str) -> subprocess.CompletedProcess[str]:
+        """Calls launch/submit.py as a program."""
+        config = self.base / "tiny.yaml"
+        values = yaml.safe_load(CONFIG) | {"output_dir": str(self.base / "runs")}
+        values["data"]["synthetic"] = {"train_samples": TRAIN_SAMPLES, "val_samples": 9}
+        config.write_text(yaml.safe_dump(values))
+        command = [sys.executable, str(self.root / "launch" / "submit.py")]
+        variables = os.environ | self.environment
+        if self.environment:
+            variables["PYTHONPATH"] = str(INJECT)
+        return subprocess.run(
+            [*command, "--config", str(config), *self.options, *more, *self.changes],
+            cwd=self.base, env=variables, capture_output=True, text=True,
+        )  # fmt: skip
+
+    def start(self, *more: str) -> Run:
+        """Submits, which must succeed."""
+        done = self.submit(*more)
+        assert done.returncode == 0, done.stderr
+        return self
+
+    @property
+    def job(self) -> str:
+        """Slurm's number of the last job."""
+        record = runs.read_record(self.folder)
+        assert record is not None
+        return record.job
+
+    def hold_at(self, *places: str) -> Run:
+        """Has rank 0 stop at a place (see inject/sitecustomize.py): at the first in attempt 0, and so on."""
+        told = [f"{place}:{self.base}/held-{attempt}:{attempt}" for attempt, place in enumerate(places)]
+        self.environment["DGT_TEST_HOLD"] = ",".join(told)
+        return self
+
+    def wait_until_held(self, attempt: int = 0) -> None:
+        """Waits until rank 0 is at the place."""
+        wait_for((self.base / f"held-{attempt}").exists, f"rank 0 at its place; {self.log()}")
+
+    def release(self, attempt: int = 0) -> None:
+        """Lets rank 0 go on."""
+        (self.base / f"held-{attempt}.go").touch()
+
+    def wait_for_step(self, step: int) -> None:
+        """Waits until a step is logged."""
+        wait_for(lambda: step in self.steps(), f"step {step}; {self.log()}")
+
+    def steps(self) -> list[int]:
+        """Training steps in metrics.jsonl."""
+        return steps_logged(self.folder) if (self.folder / "metrics.jsonl").exists() else []
+
+    def story(self, *kinds: str) -> list[dict[str, Any]]:
+        """The events, or those of some kinds."""
+        return [event for event in events.read(self.folder) if not kinds or event["event"] in kinds]
+
+    def reasons(self) -> list[str]:
+        """Why each attempt stopped."""
+        return [event["reason"] for event in self.story("stopped")]
+
+    def wait_for_event(self, kind: str, count: int = 1) -> None:
+        """Waits until so many events of a kind are noted."""
+        wait_for(lambda: len(self.story(kind)) >= count, f"event {count} of {kind}; {self.log()}")
+
+    def wait_for_preemption(self) -> None:
+        """Waits until Slurm has told the ranks; it does so at once when it decides."""
+        wait_for(lambda: self.cluster.job(self.job).get("PreemptTime", "None") != "None", "a preemption")
+
+    def wait_for_end(self, state: str = "COMPLETED") -> None:
+        """Waits until Slurm has ended the job."""
+        wait_for(lambda: self.cluster.job(self.job)["JobState"] in ENDED, f"the job's end; {self.log()}")
+        assert self.cluster.job(self.job)["JobState"] == state, self.log()
+
+    def log(self) -> str:
+        """The batch log, for messages."""
+        return runs.read_text(self.folder / "logs" / "batch.log")
+
+    def processes(self) -> dict[int, int]:
+        """Rank -> process, of the ranks that run."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if any(word.startswith(str(self.folder / "code").encode()) and b"train.py" in word for word in words):
+                    variables = dict(
+                        v.split(b"=", 1) for v in (entry / "environ").read_bytes().split(b"\0") if b"=" in v
+                    )
+                    found[int(variables[b"SLURM_PROCID"])] = int(entry.name)
+            except (OSError, KeyError):  # it has just ended, or just begun
+                continue
+        return found
+
+    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
+        """Sends one rank a signal."""
+        os.kill(self.processes()[rank], number)
+
+
+def preempt(run: Run, seconds: float = 1) -> str:
+    """Has a job of the high partition take all nodes, as soon as it can, for a moment; returns its number."""
+    asked = ("--partition=high", "--exclusive", "--nodes=4", "--output=/dev/null")
+    return run.cluster.ask("sbatch", "--parsable", *asked, f"--wrap=sleep {seconds}").strip()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has come to."""
+
+    tensors: dict[str, torch.Tensor]
+    """Of the last checkpoint."""
+    progress: dict[str, Any]
+    samples: dict[int, list[int]]
+    """Step -> sample ids, of the history that survived."""
+    curve: list[tuple[int, float]]
+    """(step, loss) as TensorBoard shows it."""
+
+
+def result(run: Path) -> Result:
+    """Reads it from the run's folder."""
+    last = max((run / "checkpoints").glob("step_????????"))
+    metadata = dcp.FileSystemReader(last).read_metadata().state_dict_metadata
+    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items()
+             if isinstance(m, TensorStorageMetadata)}  # fmt: skip
+    dcp.load(state, checkpoint_id=last, no_dist=True)
+    progress = json.loads((last / "manifest.json").read_text())["progress"]
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    curve = [(point.step, point.value) for point in board.Scalars("train/loss")]
+    return Result(state, progress, surviving_samples(run), curve)
+
+
+def assert_as_undisturbed(run: Run, expected: Result) -> None:
+    """Each sample exactly once an epoch, weights equal bit for bit, one continuous curve, and nothing left behind."""
+    found = result(run.folder)
+    for epoch in range(STEPS // STEPS_PER_EPOCH):
+        steps = range(epoch * STEPS_PER_EPOCH + 1, (epoch + 1) * STEPS_PER_EPOCH + 1)
+        assert sorted(sample for step in steps for sample in found.samples[step]) == list(range(TRAIN_SAMPLES))
+    assert found.samples == expected.samples
+    assert found.curve == expected.curve
+    assert [step for step, _ in found.curve] == list(range(1, STEPS + 1))
+    assert run.steps() == list(range(1, STEPS + 1))
+    assert found.progress == expected.progress
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert not [name for name in found.tensors if not torch.equal(found.tensors[name], expected.tensors[name])]
+    assert_nothing_left(run)
+
+
+def assert_nothing_left(run: Run) -> None:
+    """No process, no lock, no temporary file."""
+    wait_for(lambda: not run.processes(), "the end of all ranks")
+    with runs.locked(run.folder):
+        pass
+    left = [path for pattern in ("*.saving", "*.new", ".*.new") for path in run.folder.rglob(pattern)]
+    assert left == []
