@@ -1,11 +1,11 @@
 """Python runs this at its start where this folder is on PYTHONPATH: ranks of a real job pause, fail or dawdle by it.
 
 DGT_TEST_HOLD=PLACE:FILE:ATTEMPT,...  rank 0 makes FILE at the place and waits there until FILE.go exists
-DGT_TEST_RAISE=STEP:RANK[:ATTEMPT]  that rank raises before that step, in each attempt or in that one
-DGT_TEST_STEP_SECONDS=S             every step takes at least so long
+DGT_TEST_RAISE=STEP:RANK[:ATTEMPT]    that rank raises before that step, in each attempt or in that one
+DGT_TEST_STEP_SECONDS=S               every step takes at least so long
 
-DGT_TEST_HOLD=PLACE:FILE:ATTEMPT,...   rank 0 makes FILE at the place, and waits there until FILE.go exists
-gets its name), `saved` (after it has it).
+Places: `start` (before the first step), `step-N` (before step N), `evaluation` (within one), `save` (before a
+checkpoint gets its name), `saved` (after it has it).
 """
 
 from __future__ import annotations
