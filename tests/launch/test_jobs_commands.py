@@ -179,7 +179,7 @@ def test_resume_hands_the_run_over_unless_there_is_nothing_to_resume(
 ) -> None:
     handed: list[Path] = []
     monkeypatch.setattr(
-        launch, "submit", types.SimpleNamespace(resume=lambda run: handed.append(run) or 0), raising=False
+        launch, "submission", types.SimpleNamespace(resume=lambda run: handed.append(run) or 0), raising=False
     )
     place.run("never", cluster=None)
     done = place.run("done", "local")

@@ -16,7 +16,7 @@ from torch import nn
 
 from dgt.config import load
 from dgt.training import checkpoint
-from launch import checks, cluster, demo, layout, local, memory, runs, snapshot, weights
+from launch import checks, cluster, demo, events, layout, local, memory, runs, snapshot, weights
 from launch.layout import Layout, Wish
 from launch.signals import STOP_SIGNALS, Noted
 
@@ -282,16 +282,19 @@ def test_local_crashes_are_counted_anew_after_a_new_checkpoint(
 ) -> None:
     made: list[int] = []
 
-    def crash(job: local.LocalJob, attempt: int, *_: object) -> int:
+    def crash(job: local.LocalJob, attempt: int, *_: object) -> None:
         made.append(attempt)
         if attempt in progress:
             (job.run / "checkpoints" / f"step_{attempt:08d}").mkdir(parents=True)
-        return local.CRASHED
 
     monkeypatch.setattr(local, "run_attempt", crash)
     job = local.LocalJob("j", tmp_path, ("true",), 1, use_gpus=False, max_retries=2)
     assert local.run(job, lock=0) == local.CRASHED
     assert made == list(range(attempts)), "two retries after the last progress, then no more"
+    story = events.read(tmp_path)
+    assert [event["event"] for event in story] == ["started", "stopped"] * attempts + ["gave-up"]
+    assert {event["reason"] for event in story if event["event"] == "stopped"} == {"crash"}
+    assert story[-1]["text"] == "gave up after 3 crashes in a row without a new checkpoint"
 
 
 def test_attempt_without_a_marker_is_a_crash_although_the_rank_exits_with_zero(
