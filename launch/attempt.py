@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,9 @@ if not __package__:  # started as a file: what is imported must come from beside
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
 
-from launch import cluster, events, runs, verdict
+from launch import cluster, events, requeue, runs, verdict
 from launch.verdict import Ending, Tally
 
-PATIENCE_SECONDS = 3600
-"""How long the controller may be away while it is asked for a requeue."""
-RETRY_SECONDS = 5
 NOTICE_SECONDS = 60
 """Slurm may give its notice of the time limit 30 s early, and ranks with slow saves stop before it."""
 WATCH_SECONDS = 300
@@ -40,8 +37,6 @@ LAST_MOMENT_SECONDS = 15
 """A requeue must be asked for this long before the time limit: a job that has met it never comes back."""
 SHARED_CHECKS = ("all-reduce",)
 """Checks of slurm/health_check.py that stand in every node's report, and blame none."""
-KILLED_SECONDS = 600
-"""Slurm ends a job that it requeues within its KillWait."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +172,7 @@ def judge_nodes(attempt: Attempt) -> int:
         return give_up(attempt, f"node {','.join(bad)} fails the health check, and too few others are left")
     why = "; ".join(f"node {node} fails its health check: {text}" for node, text in bad.items())
     tell(attempt, "stopped", why, reason="node failure")
-    return requeue(attempt, why, exclude=tuple(bad))
+    return come_back(attempt, why, exclude=tuple(bad))
 
 
 def complaint(report: dict[str, Any] | None) -> str:
@@ -218,7 +213,7 @@ def watch(attempt: Attempt) -> int:
     newest = runs.newest_checkpoint(attempt.run)
     text = f"the time limit came before the ranks had saved: a longer --signal-lead than {attempt.lead} is needed"
     tell(attempt, "stopped", f"{text}; {going_on(newest)}", reason="time limit", step=runs.step_of(newest))
-    return requeue(attempt, "the time limit is here")
+    return come_back(attempt, "the time limit is here")
 
 
 def end(attempt: Attempt) -> int:
@@ -247,12 +242,12 @@ def end(attempt: Attempt) -> int:
     if found.action == "wait":
         return found.status
     exclude = (found.exclude,) if found.exclude and can_exclude(attempt, [found.exclude]) else ()
-    return requeue(attempt, found.text, exclude)
+    return come_back(attempt, found.text, exclude)
 
 
 def scheduler(attempt: Attempt, marker: tuple[runs.End, dict[str, Any]] | None) -> verdict.Scheduler:
     """What Slurm did to the job; asks until it answers. Nothing where it never does."""
-    fields = patiently(lambda: cluster.job_fields(attempt.job))
+    fields = requeue.patiently(lambda: cluster.job_fields(attempt.job))
     if fields is None:
         return ""
     deadline = cluster.seconds(fields.get("EndTime", ""))
@@ -261,66 +256,31 @@ def scheduler(attempt: Attempt, marker: tuple[runs.End, dict[str, Any]] | None) 
     return verdict.word_of_slurm(fields, attempt.number, near_end=near and obeyed)
 
 
-def can_exclude(attempt: Attempt, nodes: Any) -> bool:
+def can_exclude(attempt: Attempt, nodes: Iterable[str]) -> bool:
     """Whether enough nodes of the partition are left without these and those excluded before."""
-    fields = cluster.job_fields(attempt.job) or {}
-    excluded = {*nodes, *cluster.hostnames(fields.get("ExcNodeList", ""))}
-    return cluster.spare(cluster.node_states(attempt.partition), excluded) >= len(attempt.nodes)
+    without = {*nodes, *requeue.excluded(attempt.job)}
+    return cluster.spare(cluster.node_states(attempt.partition), without) >= len(attempt.nodes)
 
 
-def requeue(attempt: Attempt, why: str, exclude: tuple[str, ...] = ()) -> int:
-    """Asks Slurm to start the job again, excludes nodes from it, and waits to be ended; returns only where refused.
-
-    "Incomplete" keeps a job that was cancelled meanwhile from coming back. Nodes can be excluded only once the job
-    waits again, so the TERM that follows a requeue must not end this program before that.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    answer = patiently(lambda: granted(cluster.ask("scontrol", "requeue", "Incomplete", attempt.job)))
-    if answer:
-        fields = cluster.job_fields(attempt.job) or {}
-        state = fields.get("JobState", "unknown")
+def come_back(attempt: Attempt, why: str, exclude: Iterable[str] = ()) -> int:
+    """Has Slurm start the job again, without some nodes, and waits to be ended; returns only where it was refused."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it follows a requeue at once, and nodes are excluded only then
+    refusal = requeue.request(attempt.job)
+    if refusal:
+        state = (cluster.job_fields(attempt.job) or {}).get("JobState", "unknown")
         kind: events.Event = "cancelled" if state == "CANCELLED" else "gave-up"
-        tell(attempt, kind, f"not requeued ({answer}; job {attempt.job} is {state}); submit the run again to go on")
+        tell(attempt, kind, f"not requeued ({refusal}; job {attempt.job} is {state}); submit the run again to go on")
         return 1
     tell(attempt, "requeued", f"Slurm job {attempt.job} is to start again: {why}")
     for node in exclude:
-        exclude_node(attempt, node, why)
+        refusal = requeue.exclude(attempt.job, node)
+        if refusal:
+            say(f"node {node} could not be excluded: {refusal}")
+        else:
+            tell(attempt, "node-excluded", f"node {node} is not used again: {why}", node=node)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(KILLED_SECONDS)
+    requeue.wait_to_be_ended()
     return 1
-
-
-def granted(answer: Any) -> str | None:
-    """ "" where a request was granted, the refusal in Slurm's words, or None where the controller is away."""
-    if answer is None:
-        return None
-    words = " ".join((answer.stdout + answer.stderr).split())
-    if answer.returncode == 0:
-        return ""
-    away = ("Unable to contact", "Communication", "timed out", "Connection")
-    return None if any(word in words for word in away) else words or "refused"
-
-
-def exclude_node(attempt: Attempt, node: str, why: str) -> None:
-    """Keeps the waiting job off a node."""
-    fields = cluster.job_fields(attempt.job) or {}
-    excluded = [*cluster.hostnames(fields.get("ExcNodeList", "")), node]
-    answer = cluster.ask("scontrol", "update", f"JobId={attempt.job}", f"ExcNodeList={','.join(excluded)}")
-    refused = granted(answer)
-    if refused == "":
-        tell(attempt, "node-excluded", f"node {node} is not used again: {why}", node=node)
-    else:
-        say(f"node {node} could not be excluded: {refused or 'Slurm does not answer'}")
-
-
-def patiently(question: Any) -> Any:
-    """Repeats a question until it has an answer other than None, or patience ends; then None."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        answer = question()
-        if answer is not None or time.monotonic() > deadline:
-            return answer
-        time.sleep(RETRY_SECONDS)
 
 
 def said_in_attempt(attempt: Attempt) -> str:

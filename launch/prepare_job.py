@@ -68,11 +68,7 @@ crashes_file=$folder/jobs/$token.$work.crashes
 field() { scontrol show job "$number" 2>/dev/null | grep -oP "(?<=\b$1=)\S+"; }
 requeue() {
   say "$work $1: asking for a requeue; finished shards are kept"
-  for try in $(seq 360); do  # the controller may be away for a while
-    if answer=$(scontrol requeue Incomplete "$number" 2>&1); then sleep 600; fi  # Slurm ends this script meanwhile
-    case $answer in *contact*|*ommunication*|*onnection*|*"timed out"*) sleep 10 ;; *) break ;; esac
-  done
-  say "not requeued: ${answer:-no answer}; submit again to go on"
+  "$python" "$code/launch/requeue.py" "$number"  # Slurm ends this script meanwhile
   exit 1
 }
 case $status in
@@ -320,7 +316,10 @@ def asked(job: PrepareJob, profile: Profile, step: Step, code: Path, token: str)
     There is no srun, unless a container needs it: where Slurm preempts with a time of grace, a batch script is not
     signalled and may use that time to finish shards.
     """
-    facts = {"folder": job.folder, "out": job.out, "token": token, "max_retries": profile.max_retries}
+    facts = {
+        "folder": job.folder, "out": job.out, "token": token, "max_retries": profile.max_retries,
+        "python": sys.executable, "code": code,
+    }  # fmt: skip
     return batch_script.requested(profile) | {
         "job_name": step.name,
         "comment": token,

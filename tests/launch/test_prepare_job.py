@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import wait_for
+from conftest import REPOSITORY, wait_for
 from PIL import Image
 
 from data_pipeline.prepare import main as prepare
@@ -215,7 +216,7 @@ SCONTROL = """#!/bin/bash
 if [ "$1" = show ]; then echo "$*: StartTime=2026-01-02T00:00:00 PreemptTime={preempted} EndTime=x"; exit; fi
 echo "$*" >> {folder}/requeues
 if [ -e {folder}/refuse ]; then echo "Job is being cancelled" >&2; exit 1; fi
-kill -TERM $SCRIPT  # as Slurm ends the script of a job that it requeues
+kill -TERM -- -$(ps -o pgid= $$ | tr -d ' ')  # as Slurm ends the script of a job that it requeues, and its children
 """
 
 
@@ -233,18 +234,19 @@ def execute(folder: Path, act: str, preempted: str = "None", merge: bool = False
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (folder / "bin" / "scontrol").chmod(0o755)
+    for name in ("requeue", "cluster", "runs", "__init__"):  # what the script calls is real
+        shutil.copy(REPOSITORY / "launch" / f"{name}.py", folder / "code" / "launch")
     (work.folder / "jobs").mkdir(parents=True, exist_ok=True)
     parameters = prepare_job.asked(work, asked, step, folder / "code", "TOKEN")
     executor = prepare_job.batch_script.executor(work.folder, parameters)
-    script = "export SCRIPT=$$\n" + executor._make_submission_file_text(
-        prepare_job.command(work, asked, step, folder / "code"), ""
-    )
+    script = executor._make_submission_file_text(prepare_job.command(work, asked, step, folder / "code"), "")
     variables = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n1"}
     # the last element of an array has the array's own number as its SLURM_JOB_ID
     variables |= {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
     done = subprocess.run(
-        ["bash", "-c", script], env=os.environ | variables, capture_output=True, text=True, timeout=60
-    )
+        ["bash", "-c", script],
+        env=os.environ | variables, capture_output=True, text=True, timeout=60, start_new_session=True,
+    )  # fmt: skip
     requeues = folder / "requeues"
     return done.returncode, requeues.read_text().splitlines() if requeues.exists() else [], done.stdout
 
