@@ -105,7 +105,7 @@ def begin(attempt: Attempt) -> int:
         return 0
     note_vanished(attempt)
     note_new_attempt(attempt)
-    (jobs / f"{attempt.token}.shared").write_text(attempt.token)
+    leave(jobs / f"{attempt.token}.shared", attempt.token)
     print(f"export MASTER_PORT={cluster.free_port()}")
     fields = cluster.job_fields(attempt.job)
     deadline = cluster.seconds(fields["EndTime"]) if fields else None
@@ -117,7 +117,7 @@ def begin(attempt: Attempt) -> int:
 def note_new_attempt(attempt: Attempt) -> None:
     """Notes the start, with the newest checkpoint, which `end` compares with the newest then."""
     newest = runs.newest_checkpoint(attempt.run)
-    Path(f"{attempt.prefix}.before").write_text(newest or "")
+    leave(f"{attempt.prefix}.before", newest or "")
     where = f"attempt {attempt.number} of Slurm job {attempt.job} on {','.join(attempt.nodes)}"
     text = f"{where}, from {newest or 'the beginning'}"
     tell(attempt, "started", text, nodes=list(attempt.nodes), step=runs.step_of(newest))
@@ -172,7 +172,9 @@ def judge_nodes(attempt: Attempt) -> int:
         return give_up(attempt, f"node {','.join(bad)} fails the health check, and too few others are left")
     why = "; ".join(f"node {node} fails its health check: {text}" for node, text in bad.items())
     tell(attempt, "stopped", why, reason="node failure")
-    return come_back(attempt, why, exclude=tuple(bad))
+    status = come_back(attempt, why, exclude=bad)
+    print(f"exit {status}")
+    return 0
 
 
 def complaint(report: dict[str, Any] | None) -> str:
@@ -210,39 +212,42 @@ def watch(attempt: Attempt) -> int:
         time.sleep(min(left, WATCH_SECONDS))
     if fields and verdict.word_of_slurm(fields, attempt.number, near_end=True) != "time limit":
         return 0  # preempted or cancelled: Slurm knows what to do
-    newest = runs.newest_checkpoint(attempt.run)
-    text = f"the time limit came before the ranks had saved: a longer --signal-lead than {attempt.lead} is needed"
-    tell(attempt, "stopped", f"{text}; {going_on(newest)}", reason="time limit", step=runs.step_of(newest))
-    return come_back(attempt, "the time limit is here")
+    say(f"the ranks have not saved {LAST_MOMENT_SECONDS} s before the time limit: raise --signal-lead {attempt.lead}")
+    return conclude(attempt, Ending(None, "time limit", has_progressed(attempt)))
 
 
 def end(attempt: Attempt) -> int:
-    """Decides what becomes of the job, and sees to it."""
+    """Finds out why the ranks have left, and concludes."""
     marker = runs.read_marker(attempt.prefix)
-    newest = runs.newest_checkpoint(attempt.run)
     said = said_in_attempt(attempt)
-    ending = Ending(
-        marker,
-        "" if marker and marker[0] == "finished" else scheduler(attempt, marker),
-        progressed=(newest or "") != runs.read_text(f"{attempt.prefix}.before"),
-        culprit=verdict.culprit_of(said),
-        lost_node=verdict.lost_node_of(said),
-    )
+    word = "" if marker and marker[0] == "finished" else scheduler(attempt, marker)
+    found = Ending(
+        marker, word, has_progressed(attempt), verdict.culprit_of(said), verdict.lost_node_of(said)
+    )  # fmt: skip
+    return conclude(attempt, found)
+
+
+def has_progressed(attempt: Attempt) -> bool:
+    """Whether there is a newer checkpoint than when the attempt began."""
+    return (runs.newest_checkpoint(attempt.run) or "") != runs.read_text(f"{attempt.prefix}.before")
+
+
+def conclude(attempt: Attempt, ending: Ending) -> int:
+    """Decides what becomes of the job, notes it, and sees to it; returns the exit status of a job that ends here."""
     tally_file = attempt.run / "jobs" / f"{attempt.token}.tally"
     found = verdict.decide(ending, Tally(**(runs.read_json(tally_file) or {})), attempt.max_retries)
-    runs.write_atomically(tally_file, json.dumps(asdict(found.tally)) + "\n")
+    leave(tally_file, json.dumps(asdict(found.tally)) + "\n")
+    newest = runs.newest_checkpoint(attempt.run)
     if found.action == "done":
         tell(attempt, "finished", found.text, step=runs.step_of(newest))
         return found.status
     tell(attempt, "stopped", f"{found.text}; {going_on(newest)}", reason=found.reason, step=runs.step_of(newest))
-    if found.action == "stop":
-        if found.reason != "cancelled":
-            tell(attempt, "gave-up", f"{found.text}; see {attempt.run}/logs, and submit the run again to go on")
-        return found.status
-    if found.action == "wait":
-        return found.status
-    exclude = (found.exclude,) if found.exclude and can_exclude(attempt, [found.exclude]) else ()
-    return come_back(attempt, found.text, exclude)
+    if found.action == "again":
+        exclude = (found.exclude,) if found.exclude and can_exclude(attempt, [found.exclude]) else ()
+        return come_back(attempt, found.text, exclude)
+    if found.action == "stop" and not found.was_wanted:
+        tell(attempt, "gave-up", f"{found.text}; see {attempt.run}/logs, and submit the run again to go on")
+    return found.status
 
 
 def scheduler(attempt: Attempt, marker: tuple[runs.End, dict[str, Any]] | None) -> verdict.Scheduler:
@@ -291,6 +296,14 @@ def said_in_attempt(attempt: Attempt) -> str:
 def going_on(newest: str | None) -> str:
     """Where the next attempt begins, in words."""
     return f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+
+
+def leave(path: str | Path, text: str) -> None:
+    """Leaves a note to the attempts that follow; a full disk costs the note, not the requeue."""
+    try:
+        runs.write_atomically(Path(path), text)
+    except OSError as error:
+        say(f"{path} cannot be written: {error.strerror or error}")
 
 
 def tell(attempt: Attempt, event: events.Event, text: str, /, **facts: Any) -> None:

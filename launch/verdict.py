@@ -17,6 +17,8 @@ from launch.runs import End
 Scheduler = Literal["", "preempted", "cancelled", "requeued", "time limit"]
 """What the scheduler did to the job, where it did anything; "requeued": it starts the job again without being asked."""
 
+SIGINT_STATUS = 130
+"""Exit status after Ctrl-C, as shells have it."""
 FAILURES_TO_EXCLUDE = 2
 """So many crashes that began on one node exclude it."""
 
@@ -62,6 +64,11 @@ class Verdict:
     exclude: str | None = None
     """Node that has failed too often."""
 
+    @property
+    def was_wanted(self) -> bool:
+        """Whether a job that stops does so because a person asked for it."""
+        return self.reason == "cancelled" or self.status == SIGINT_STATUS
+
 
 def decide(ending: Ending, tally: Tally, max_retries: int) -> Verdict:
     """The verdict on an attempt, given what earlier ones left in the tally."""
@@ -73,15 +80,15 @@ def decide(ending: Ending, tally: Tally, max_retries: int) -> Verdict:
     if ending.scheduler == "cancelled":
         return Verdict("stop", "cancelled", f"cancelled{saved(facts)}", 1, tally)
     if end == "interrupted" and facts["signal"] == "SIGINT":
-        return Verdict("stop", "signal", f"stopped by SIGINT{saved(facts)}", 130, tally)
+        return Verdict("stop", "signal", f"stopped by SIGINT{saved(facts)}", SIGINT_STATUS, tally)
     if ending.scheduler == "requeued":
         what = f"node {ending.lost_node} failed" if ending.lost_node else "requeued by Slurm or an administrator"
         return Verdict("wait", "node failure" if ending.lost_node else "requeued", what + saved(facts), 0, tally)
     if ending.scheduler == "preempted":
         text = f"preempted{saved(facts)}" if end else "preempted before it could save"
         return Verdict("again", "preempted", text, 0, tally)
-    if end == "interrupted":
-        return stopped_as_planned(ending, facts, tally, max_retries)
+    if end == "interrupted" or ending.scheduler == "time limit":
+        return stopped_in_time(ending, facts, tally, max_retries)
     return crashed(ending, tally, max_retries)
 
 
@@ -90,10 +97,12 @@ def saved(facts: Mapping[str, Any]) -> str:
     return f"; saved at step {facts['step']}" if facts.get("step") else ""
 
 
-def stopped_as_planned(ending: Ending, facts: dict[str, Any], tally: Tally, max_retries: int) -> Verdict:
+def stopped_in_time(ending: Ending, facts: dict[str, Any], tally: Tally, max_retries: int) -> Verdict:
     """After a notice of the time limit, or a signal from elsewhere; again and again at once is no way to finish."""
     reason = ending.scheduler or "signal"
-    what = "the time limit came near" if reason == "time limit" else f"stopped by {facts['signal']}"
+    what = f"stopped by {facts['signal']}" if reason == "signal" else "the time limit came near"
+    if ending.marker is None:
+        what = "the time limit came before the ranks had saved"
     fruitless = 0 if ending.progressed else tally.fruitless + 1
     tally = replace(tally, fruitless=fruitless)
     if fruitless > max_retries:

@@ -353,6 +353,19 @@ def test_preemption_of_an_earlier_attempt_excuses_no_crash(tmp_path: Path) -> No
     assert json.loads((tmp_path / "jobs" / f"{TOKEN}.tally").read_text())["fruitless"] == 1
 
 
+def test_health_check_whose_requeue_is_refused_starts_no_ranks(tmp_path: Path) -> None:
+    health = reports(tmp_path, n1=None, n2="driver gone")
+    done = execute(tmp_path, f"touch {tmp_path}/ranks_started", health=health, nodes=FIVE_NODES, refusal="exit 1")
+    assert (done.status, done.asked, done.last[0]) == (1, [], "gave-up")
+    assert not (tmp_path / "ranks_started").exists()
+
+
+def test_full_disk_costs_notes_but_not_the_requeue(small_disk: Path) -> None:
+    done = execute(small_disk, f"head -c 60M /dev/zero > {small_disk}/fill; exit 1")
+    assert done.status == KILLED, "the script was not ended by a requeue"
+    assert [event["event"] for event in done.story] == ["started"]
+
+
 def test_refused_requeue_is_said_and_fails(tmp_path: Path) -> None:
     done = execute(tmp_path, "exit 1", refusal="echo 'Requested operation is presently disabled' >&2; exit 1")
     assert (done.status, done.asked) == (1, [])
@@ -437,4 +450,5 @@ def test_watch_requeues_a_job_whose_time_is_all_but_over(tmp_path: Path) -> None
     done = execute(tmp_path, "sleep 50", end=soon)
     assert (done.status, done.asked) == (KILLED, REQUEUED)
     assert done.story[-2]["reason"] == "time limit"
-    assert "a longer --signal-lead than 90 is needed" in done.story[-2]["text"]
+    assert done.story[-2]["text"] == "the time limit came before the ranks had saved; there is no checkpoint yet"
+    assert "raise --signal-lead 90" in done.said

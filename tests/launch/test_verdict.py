@@ -30,6 +30,7 @@ def ending(end: str | None = None, scheduler: str = "", progressed: bool = False
         (ending("interrupted", "preempted"), "again", "preempted", 0, "preempted; saved at step 4"),
         (ending(None, "preempted"), "again", "preempted", 0, "preempted before it could save"),
         (ending("interrupted", "time limit"), "again", "time limit", 0, "the time limit came near; saved at step 4"),
+        (ending(None, "time limit"), "again", "time limit", 0, "the time limit came before the ranks had saved"),
         (ending("interrupted", progressed=True), "again", "signal", 0, "stopped by SIGTERM; saved at step 4"),
         (ending(None, "requeued", lost_node="n3"), "wait", "node failure", 0, "node n3 failed"),
         (ending(None, "requeued"), "wait", "requeued", 0, "requeued by Slurm or an administrator"),
@@ -65,6 +66,8 @@ def test_time_limits_that_allow_no_progress_are_given_up() -> None:
     made = decide(ending("interrupted", "time limit", signal="SIGUSR2"), Tally(fruitless=2), max_retries=2)
     assert (made.action, made.reason, made.status) == ("stop", "time limit", 1)
     assert "3 attempts in a row have made no checkpoint: allow them more time" in made.text
+    killed = decide(ending(None, "time limit"), Tally(fruitless=2), max_retries=2)
+    assert (killed.action, killed.status) == ("stop", 1)
     with_progress = decide(ending("interrupted", "time limit", progressed=True), Tally(fruitless=2), max_retries=2)
     assert (with_progress.action, with_progress.tally.fruitless) == ("again", 0)
 
