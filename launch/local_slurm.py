@@ -74,7 +74,13 @@ class LocalSlurm:
         """Starts the controller or a node's daemon."""
         command = ["slurmctld", "-D"] if name == "slurmctld" else ["slurmd", "-D", "-N", name]
         with (self.folder / f"{name}.out").open("ab") as output:
-            self.daemons[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            self.daemons[name] = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C must not end it before the jobs, which would then go on without it
+            )
 
     def stop(self, name: str, number: int = signal.SIGTERM) -> None:
         """Ends a daemon, such as with SIGKILL; jobs under it are not asked."""
