@@ -73,9 +73,11 @@ class LocalSlurm:
     def start(self, name: str) -> None:
         """Starts the controller or a node's daemon."""
         command = ["slurmctld", "-D"] if name == "slurmctld" else ["slurmd", "-D", "-N", name]
+        program = found(command[0])
         with (self.folder / f"{name}.out").open("ab") as output:
             self.daemons[name] = subprocess.Popen(
                 command,
+                executable=program,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -109,7 +111,7 @@ def running(folder: Path) -> Iterator[LocalSlurm]:
 
     Raises LaunchError where Slurm is not installed or does not come up.
     """
-    missing = [name for name in ("slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
+    missing = [name for name in ("slurmctld", "slurmd", "sbatch") if found(name) is None]
     if missing:
         raise LaunchError(f"{', '.join(missing)} not found; apt-get install slurmctld slurmd slurm-client")
     before = os.environ.get("SLURM_CONF")
@@ -129,6 +131,11 @@ def running(folder: Path) -> Iterator[LocalSlurm]:
             os.environ.pop("SLURM_CONF")
             if before is not None:
                 os.environ["SLURM_CONF"] = before
+
+
+def found(program: str) -> str | None:
+    """Path of one of Slurm's programs; Debian keeps the daemons where only root's PATH leads. None: not installed."""
+    return shutil.which(program) or shutil.which(program, path="/usr/sbin")
 
 
 def configure(folder: Path) -> Path:
