@@ -35,6 +35,12 @@ WATCH_SECONDS = 300
 """How often the watch asks whether the time limit has been changed."""
 LAST_MOMENT_SECONDS = 15
 """A requeue must be asked for this long before the time limit: a job that has met it never comes back."""
+NO_REPORT: dict[str, Any] = {
+    "checks": [{"name": "report", "ok": False, "text": "there is none, the node gave no answer"}]
+}
+"""What stands for the report of a node that left none."""
+MOST_EXCLUDED = 4
+"""Times the job's own nodes; where more are excluded, it is the check that is wrong."""
 SHARED_CHECKS = ("all-reduce",)
 """Checks of slurm/health_check.py that stand in every node's report, and blame none."""
 
@@ -161,13 +167,18 @@ def judge_nodes(attempt: Attempt) -> int:
     shared = {check["text"] for report in told.values() for check in failed(report) if check["name"] in SHARED_CHECKS}
     if shared:
         tell(attempt, "warning", f"the nodes together fail their health check: {'; '.join(sorted(shared))}")
-    bad = {node: why for node in attempt.nodes if (why := complaint(told.get(node)))}
+    bad = {node: why for node in attempt.nodes if (why := complaint(told.get(node, NO_REPORT)))}
     if not bad:
         return 0
     for node, why in bad.items():
         say(f"node {node} fails its health check: {why}")
-    if len(bad) == len(attempt.nodes) > 1 and len(set(bad.values())) == 1:
+    kinds = {tuple(check["name"] for check in failed(told.get(node, NO_REPORT))) for node in bad}
+    if len(bad) == len(attempt.nodes) > 1 and len(kinds) == 1:
         return give_up(attempt, f"every node fails the health check in the same way: {next(iter(bad.values()))}")
+    if len(requeue.excluded(attempt.job)) >= MOST_EXCLUDED * len(attempt.nodes):
+        return give_up(
+            attempt, f"too many nodes fail the health check to be at fault; the last: {'; '.join(bad.values())}"
+        )
     if not can_exclude(attempt, bad):
         return give_up(attempt, f"node {','.join(bad)} fails the health check, and too few others are left")
     why = "; ".join(f"node {node} fails its health check: {text}" for node, text in bad.items())
@@ -177,13 +188,9 @@ def judge_nodes(attempt: Attempt) -> int:
     return 0
 
 
-def complaint(report: dict[str, Any] | None) -> str:
+def complaint(report: dict[str, Any]) -> str:
     """What a node's report holds against the node; empty where it is healthy."""
-    if report is None:
-        return "it gave no answer"
-    return "; ".join(
-        f"{check['name']}: {check['text']}" for check in failed(report) if check["name"] not in SHARED_CHECKS
-    )
+    return "; ".join(f"{c['name']}: {c['text']}" for c in failed(report) if c["name"] not in SHARED_CHECKS)
 
 
 def failed(report: dict[str, Any]) -> list[dict[str, Any]]:

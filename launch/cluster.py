@@ -16,9 +16,14 @@ from launch.runs import JobRecord, LaunchError
 
 SLURM_TIMEOUT = 60
 """Seconds that a question to Slurm may take; the controller answers slowly when it is busy."""
+CHANGES_ANSWERS = ("SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+"""Beginnings of the names of variables that filter and format what Slurm's commands say."""
 ENDED = frozenset(
-    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
-)
+    (
+        "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+        "REVOKED", "TIMEOUT",
+    )
+)  # fmt: skip
 """Slurm's words for jobs that will not run again by themselves."""
 
 
@@ -39,13 +44,9 @@ def job_state(record: JobRecord) -> str | None:
             "Submit from a machine of that cluster, or remove job.json in the run's folder if you know that it has"
         )
     wanted = [f"--jobs={record.job}"] if record.job else []
-    command = ["squeue", "--noheader", "--states=all", "--format=%T %k", *wanted]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise LaunchError(
-            f"squeue gave no answer about {record.name} within {SLURM_TIMEOUT} s; try again later"
-        ) from None
+    answer = ask("squeue", "--noheader", "--states=all", "--format=%T %k", *wanted)
+    if answer is None:
+        raise LaunchError(f"squeue gave no answer about {record.name} within {SLURM_TIMEOUT} s; try again later")
     if answer.returncode and "Invalid job id" not in answer.stderr:
         raise LaunchError(f"squeue failed, so it is not known whether {record.name} has ended: {answer.stderr.strip()}")
     rows = [line.split(" ", 1) for line in answer.stdout.splitlines()]
@@ -93,18 +94,23 @@ def spare(states: Mapping[str, str], excluded: Iterable[str]) -> int:
     return sum(not is_lost(state) for node, state in states.items() if node not in set(excluded))
 
 
-def ask(*command: str) -> subprocess.CompletedProcess[str] | None:
-    """Runs one of Slurm's commands; None where it is not installed or hangs."""
+def ask(*command: str, timeout: float = SLURM_TIMEOUT) -> subprocess.CompletedProcess[str] | None:
+    """Runs one of Slurm's commands; None where it is not installed or hangs longer than `timeout` seconds.
+
+    Whatever the user's shell has set to change what such commands print does not reach them.
+    """
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(CHANGES_ANSWERS)}
+    variables |= {"SLURM_TIME_FORMAT": "standard", "TZ": "UTC", "LC_ALL": "C"}
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=SLURM_TIMEOUT)
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
 
 
 def seconds(time: str) -> float | None:
-    """A time that Slurm prints (local, such as 2026-01-31T12:00:00) as seconds since the epoch; None for Unknown."""
+    """A time in an answer to `ask`, such as 2026-01-31T12:00:00 (UTC), in seconds since the epoch; None for Unknown."""
     try:
-        return datetime.datetime.strptime(time, "%Y-%m-%dT%H:%M:%S").timestamp()
+        return datetime.datetime.strptime(time, "%Y-%m-%dT%H:%M:%S").replace(tzinfo=datetime.timezone.utc).timestamp()
     except ValueError:
         return None
 

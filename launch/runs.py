@@ -23,6 +23,7 @@ import datetime
 import fcntl
 import json
 import os
+import re
 import secrets
 import socket
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ MARKER_VARIABLE = "DGT_MARKER"
 """Environment variable that tells a rank where to leave its marker: a path without the ending."""
 LOCK_VARIABLE = "DGT_RUN_LOCKED"
 """Environment variable that tells a rank that whoever started it guards the run's folder."""
+CHECKPOINT = re.compile(r"step_\d{8,}")
+"""Names of committed checkpoints, as of dgt/training/checkpoint.py, which cannot be imported here without torch."""
 DEADLINE_VARIABLE = "DGT_DEADLINE"
 """Environment variable with the time, in seconds since the epoch, at which the scheduler will end the job."""
 
@@ -153,8 +156,8 @@ def read_marker(prefix: str) -> tuple[End, dict[str, Any]] | None:
 
 def newest_checkpoint(run: Path) -> str | None:
     """Name of the newest committed checkpoint; None where there is none."""
-    names = [path.name for path in (run / "checkpoints").glob("step_*") if path.suffix == ""]
-    return max(names, default=None)
+    names = [path.name for path in (run / "checkpoints").glob("step_*") if CHECKPOINT.fullmatch(path.name)]
+    return max(names, key=lambda name: step_of(name) or 0, default=None)
 
 
 def step_of(checkpoint: str | None) -> int | None:

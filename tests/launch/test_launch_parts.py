@@ -351,3 +351,37 @@ def test_rank_starts_with_the_stop_signals_held_back_and_its_handlers_let_them_i
             assert noted.received == [signal.SIGUSR2]
         finally:
             noted.restore()
+
+
+def test_slurm_is_asked_without_what_the_shell_says_about_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "scontrol"
+    program.write_text("#!/bin/sh\necho JobId=7 EndTime=$(date -d @1700000000 +%Y-%m-%dT%H:%M:%S)\nenv >&2\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    shell = {"SLURM_TIME_FORMAT": "relative", "SQUEUE_PARTITION": "high", "SINFO_FORMAT": "%P", "SLURM_CLUSTERS": "a",
+             "TZ": "America/New_York", "LC_ALL": "de_DE.UTF-8", "SLURM_CONF": "/here"}  # fmt: skip
+    for name, value in shell.items():
+        monkeypatch.setenv(name, value)
+    answer = cluster.ask("scontrol", "show", "job", "7")
+    assert answer is not None
+    told = dict(line.split("=", 1) for line in answer.stderr.splitlines() if "=" in line)
+    assert {name: told.get(name) for name in shell} == {
+        "SLURM_TIME_FORMAT": "standard", "SQUEUE_PARTITION": None, "SINFO_FORMAT": None, "SLURM_CLUSTERS": None,
+        "TZ": "UTC", "LC_ALL": "C", "SLURM_CONF": "/here",
+    }  # fmt: skip
+    fields = cluster.job_fields("7")
+    assert fields is not None
+    assert cluster.seconds(fields["EndTime"]) == 1700000000
+    assert cluster.seconds("Unknown") is None
+
+
+def test_only_committed_checkpoints_count(tmp_path: Path) -> None:
+    assert runs.newest_checkpoint(tmp_path) is None
+    for name in ("step_00000009", "step_00000010", "step_00000011.saving", "step_00000012_backup", "step_100000000"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert runs.newest_checkpoint(tmp_path) == "step_100000000"
+    (tmp_path / "checkpoints" / "step_100000000").rmdir()
+    assert runs.newest_checkpoint(tmp_path) == "step_00000010"
+    assert runs.step_of("step_00000010") == 10
