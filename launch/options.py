@@ -10,6 +10,9 @@ FROM_COMMAND_LINE = (
 )  # fmt: skip
 """Options that go before what the profile says."""
 
+TRAINING_ONLY = ("config", "name", "nodes", "gpus_per_node", "processes_per_node", "sweep", "wait", "signal_lead")
+"""Options that say nothing to a preparation of data."""
+
 EXAMPLES = """\
 examples:
   launch/submit.py --nodes 8 --config configs/dgt_b_in1k.yaml --dry-run

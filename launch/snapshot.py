@@ -77,10 +77,18 @@ def check_unchanged(snapshot: Path, files: list[str]) -> None:
 
 
 def code_files(root: Path) -> list[str]:
-    """Names, relative to `root` and sorted, of the files that make up the program."""
+    """Names, relative to `root` and sorted, of the files that make up the program.
+
+    Raises LaunchError for a checkout that git cannot list: files that it ignores may hold secrets.
+    """
     listed = git(root, "ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *PACKAGES)
     names = [name for name in (listed or "").split("\0") if name and (root / name).is_file()]
-    if "launch/train.py" not in names:  # an installed package, not a checkout
+    if "launch/train.py" not in names and (root / ".git").exists():
+        raise LaunchError(
+            f"git cannot list the files of {root}, so it is not known which of them belong to the code: "
+            f"see `git -C {root} status`"
+        )
+    if "launch/train.py" not in names:  # an installed package, or a snapshot
         paths = (path for package in PACKAGES for path in (root / package).rglob("*"))
         names = [str(p.relative_to(root)) for p in paths if p.is_file() and "__pycache__" not in p.parts]
     return sorted(names)

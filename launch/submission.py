@@ -97,6 +97,10 @@ def resume(run: Path) -> int:
         checks.not_active(run)
         if not code_of(record).is_dir():
             raise LaunchError(f"the snapshot {code_of(record)} of the last job is gone; use launch/submit.py")
+        if record.cluster == "slurm":
+            profile = profiles.from_plain(record.profile)
+            limits.partition(layout_of(record), profile)
+            limits.time_allows_lead(profile, limits.signal_lead(profile, run))  # saves may have grown slower
         return launch(run, renewed(record), lock)
 
 

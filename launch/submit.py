@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen.overrides += words[end + 1 :]
     if not (chosen.config or chosen.prepare):
         parser.error("the following arguments are required: --config (or --prepare)")
+    ignored = [f"--{name.replace('_', '-')}" for name in options.TRAINING_ONLY if getattr(chosen, name)]
+    if chosen.prepare and ignored:
+        parser.error(f"--prepare trains nothing: leave out {', '.join(ignored)}")
     return program.guarded("dgt-submit", lambda: prepare(chosen) if chosen.prepare else submit(chosen))
 
 

@@ -77,6 +77,26 @@ def test_snapshot_of_an_installed_package_copies_the_packages(checkout: Path, tm
     assert snapshot.code_files(installed) == ["dgt/a.py", "launch/train.py"]
 
 
+def test_checkout_that_git_cannot_list_is_refused_because_of_ignored_files(checkout: Path, tmp_path: Path) -> None:
+    (checkout / ".git" / "HEAD").write_text("damaged")
+    with pytest.raises(runs.LaunchError, match="git cannot list the files of"):
+        snapshot.take(tmp_path / "run", "", checkout)
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_snapshot_and_left_overs_of_a_killed_submission_are_not_used(checkout: Path, tmp_path: Path) -> None:
+    left = tmp_path / "run" / "code" / ".0123456789ab.new"
+    left.mkdir(parents=True)
+    taken = snapshot.take(tmp_path / "run", "a: 1\n", checkout)
+    assert not left.exists()
+    (taken / "dgt" / "ops" / "a.py").write_text("evil")
+    with pytest.raises(runs.LaunchError, match="has been changed since it was made"):
+        snapshot.take(tmp_path / "run", "a: 1\n", checkout)
+    (taken / "dgt" / "ops" / "a.py").unlink()
+    with pytest.raises(runs.LaunchError, match="No such file"):
+        snapshot.take(tmp_path / "run", "a: 1\n", checkout)
+
+
 def test_half_made_snapshot_has_no_name_that_is_used(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

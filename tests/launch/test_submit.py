@@ -273,6 +273,9 @@ def test_dry_run_shows_no_secret_of_the_shell_and_data_preparation_too(
     line = ["imagefolder", "--src", str(tmp_path / "raw"), "--out", str(tmp_path / "shards")]
     assert submit.main(["--prepare", "--parts", "3", "--cluster", "slurm", "--dry-run", "--", *line]) == 0
     text = capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        submit.main(["--prepare", "--wait", "--nodes", "2", "--", *line])
+    assert "leave out --nodes, --wait" in capsys.readouterr().err
     assert "#SBATCH --array=1-3" in text
     assert "--merge" in text
     assert not (tmp_path / "shards").exists()
