@@ -137,6 +137,8 @@ def word_of_slurm(fields: Mapping[str, str], attempt: int, near_end: bool) -> Sc
     preempted = fields.get("PreemptTime", "None")
     if preempted[:1].isdigit() and preempted >= fields["StartTime"]:  # of this attempt, not of an earlier one
         return "preempted"
+    if fields["JobState"] == "COMPLETING":  # ended without a requeue: by scancel, or because its time was over
+        return "time limit" if fields.get("Reason") == "TimeLimit" else "cancelled"
     return "time limit" if near_end else ""
 
 

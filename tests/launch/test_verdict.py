@@ -91,11 +91,24 @@ FIELDS = {"JobState": "RUNNING", "Restarts": "1", "StartTime": "2026-01-02T00:00
         ({}, False, ""),
         ({}, True, "time limit"),
         ({"JobState": "CANCELLED"}, True, "cancelled"),
+        ({"JobState": "COMPLETING", "Reason": "None"}, True, "cancelled"),
+        ({"JobState": "COMPLETING", "Reason": "TimeLimit"}, False, "time limit"),
         ({"Restarts": "2", "JobState": "COMPLETING"}, True, "requeued"),
         ({"PreemptTime": "2026-01-02T01:00:00"}, True, "preempted"),
+        ({"PreemptTime": "2026-01-02T01:00:00", "JobState": "COMPLETING"}, True, "preempted"),
         ({"PreemptTime": "2026-01-01T23:00:00"}, False, ""),
     ],
-    ids=["nothing", "limit", "cancelled", "requeued", "preempted", "an earlier attempt was"],
+    ids=[
+        "nothing",
+        "limit near",
+        "cancelled",
+        "being cancelled",
+        "limit met",
+        "requeued",
+        "preempted",
+        "preempted, grace over",
+        "an earlier attempt was",
+    ],
 )
 def test_slurm_is_understood(changes: dict[str, str], near_end: bool, word: str) -> None:
     assert verdict.word_of_slurm(FIELDS | changes, attempt=1, near_end=near_end) == word
