@@ -46,6 +46,8 @@ CredType=cred/none
 # a requeued job waits this long and a second (less than 5 s is read as the default, 120)
 AuthInfo=cred_expire=5
 SlurmdTimeout=10
+# a node that does not answer is given up after three of these
+MessageTimeout=5
 KillWait=5
 ReturnToService=2
 MpiDefault=none
