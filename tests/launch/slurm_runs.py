@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from conftest import REPOSITORY, steps_logged, wait_for
+from conftest import PATIENCE, REPOSITORY, steps_logged, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -56,20 +59,33 @@ class Run:
         """The run's folder."""
         return self.base / "runs" / "tiny"
 
-    def submit(self, *more: str) -> subprocess.CompletedProcess[str]:
+    def begin_to_submit(self, *more: str) -> subprocess.Popen[str]:
         """Calls launch/submit.py as a program."""
         config = self.base / "tiny.yaml"
         values = yaml.safe_load(CONFIG) | {"output_dir": str(self.base / "runs")}
         values["data"]["synthetic"] = {"train_samples": TRAIN_SAMPLES, "val_samples": 9}
-        config.write_text(yaml.safe_dump(values))
-        command = [sys.executable, str(self.root / "launch" / "submit.py")]
+        if not config.exists():  # another one may be reading it
+            config.write_text(yaml.safe_dump(values))
+        return self.call("submit.py", "--config", str(config), *self.options, *more, *self.changes)
+
+    def call(self, program: str, *words: str) -> subprocess.Popen[str]:
+        """Calls a program of launch/."""
         variables = os.environ | self.environment
         if self.environment:
             variables["PYTHONPATH"] = str(INJECT)
-        return subprocess.run(
-            [*command, "--config", str(config), *self.options, *more, *self.changes],
-            cwd=self.base, env=variables, capture_output=True, text=True,
-        )  # fmt: skip
+        command = [sys.executable, str(self.root / "launch" / program), *words]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.base, env=variables, stdout=pipe, stderr=pipe, text=True)
+
+    def submit(self, *more: str) -> subprocess.CompletedProcess[str]:
+        """Submits, and waits for what becomes of that."""
+        return ended(self.begin_to_submit(*more))
+
+    def jobs(self, *words: str) -> str:
+        """What launch/jobs.py prints, which must succeed."""
+        done = ended(self.call("jobs.py", *words))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def start(self, *more: str) -> Run:
         """Submits, which must succeed."""
@@ -85,18 +101,36 @@ class Run:
         return record.job
 
     def hold_at(self, *places: str) -> Run:
-        """Has rank 0 stop at a place (see inject/sitecustomize.py): at the first in attempt 0, and so on."""
-        told = [f"{place}:{self.base}/held-{attempt}:{attempt}" for attempt, place in enumerate(places)]
+        """Has rank 0 stop at a place (see inject/sitecustomize.py): at the first in attempt 0, and so on.
+
+        In place of one there can be several, with spaces between them, and "" is none.
+        """
+        for left in self.base.glob("held-*"):
+            left.unlink()
+        told = [
+            f"{place}:{self.held(attempt, stop)}:{attempt}"
+            for attempt, several in enumerate(places)
+            for stop, place in enumerate(several.split())
+        ]
         self.environment["DGT_TEST_HOLD"] = ",".join(told)
         return self
 
-    def wait_until_held(self, attempt: int = 0) -> None:
-        """Waits until rank 0 is at the place."""
-        wait_for((self.base / f"held-{attempt}").exists, f"rank 0 at its place; {self.log()}")
+    def held(self, attempt: int, stop: int) -> Path:
+        """What rank 0 makes at an attempt's first place (stop 0), its second, and so on."""
+        return self.base / f"held-{attempt}-{stop}"
 
-    def release(self, attempt: int = 0) -> None:
+    def prepend_path(self, folder: Path) -> Run:
+        """Has the submission and the job find the programs of this folder first."""
+        self.environment["PATH"] = f"{folder}:{os.environ['PATH']}"
+        return self
+
+    def wait_until_held(self, attempt: int = 0, stop: int = 0) -> None:
+        """Waits until rank 0 is at the place."""
+        wait_for(self.held(attempt, stop).exists, f"rank 0 at its place; {self.log()}")
+
+    def release(self, attempt: int = 0, stop: int = 0) -> None:
         """Lets rank 0 go on."""
-        (self.base / f"held-{attempt}.go").touch()
+        self.held(attempt, stop).with_suffix(".go").touch()
 
     def wait_for_step(self, step: int) -> None:
         """Waits until a step is logged."""
@@ -138,23 +172,71 @@ class Run:
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
                 if any(word.startswith(str(self.folder / "code").encode()) and b"train.py" in word for word in words):
-                    variables = dict(
-                        v.split(b"=", 1) for v in (entry / "environ").read_bytes().split(b"\0") if b"=" in v
-                    )
-                    found[int(variables[b"SLURM_PROCID"])] = int(entry.name)
+                    found[int(variables(int(entry.name))["SLURM_PROCID"])] = int(entry.name)
             except (OSError, KeyError):  # it has just ended, or just begun
                 continue
         return found
+
+    def variables(self, rank: int) -> dict[str, str]:
+        """Environment of a rank that runs."""
+        return variables(self.processes()[rank])
+
+    def node_of(self, rank: int) -> str:
+        """Where a rank runs."""
+        return self.variables(rank)["SLURMD_NODENAME"]
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         """Sends one rank a signal."""
         os.kill(self.processes()[rank], number)
 
 
+def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Waits for a program."""
+    with process:
+        output, errors = process.communicate(timeout=PATIENCE)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def variables(process: int) -> dict[str, str]:
+    """Environment of a process. Raises OSError where there is none."""
+    pairs = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def kill_node(cluster: LocalSlurm, node: str) -> None:
+    """Has a node's daemon and all that it has started die at once, as by a power cut."""
+    cluster.stop(node, signal.SIGKILL)
+    configuration, victims = str(cluster.folder / "slurm.conf"), set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            told = variables(int(entry.name))
+            if (told.get("SLURMD_NODENAME"), told.get("SLURM_CONF")) == (node, configuration):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                is_step = (Path("/proc") / str(parent) / "comm").read_text().startswith("slurmstepd")
+                victims |= {int(entry.name), *([parent] if is_step else [])}
+        except (OSError, ValueError):  # it has just ended, or is another user's
+            continue
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, so that none sees another die
+        for victim in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, number)
+
+
 def preempt(run: Run, seconds: float = 1) -> str:
     """Has a job of the high partition take all nodes, as soon as it can, for a moment; returns its number."""
     asked = ("--partition=high", "--exclusive", "--nodes=4", "--output=/dev/null")
     return run.cluster.ask("sbatch", "--parsable", *asked, f"--wrap=sleep {seconds}").strip()
+
+
+@contextmanager
+def grace(cluster: LocalSlurm, seconds: int) -> Iterator[None]:
+    """Leaves jobs of the partition `low` so long after they are preempted; then as long as before."""
+    before = cluster.ask("scontrol", "show", "partition", "low").partition("GraceTime=")[2].split()[0]
+    cluster.ask("scontrol", "update", "PartitionName=low", f"GraceTime={seconds}")
+    try:
+        yield
+    finally:
+        cluster.ask("scontrol", "update", "PartitionName=low", f"GraceTime={before}")
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 DGT_TEST_HOLD=PLACE:FILE:ATTEMPT,...  rank 0 makes FILE at the place and waits there until FILE.go exists
 DGT_TEST_RAISE=STEP:RANK[:ATTEMPT]    that rank raises before that step, in each attempt or in that one
 DGT_TEST_STEP_SECONDS=S               every step takes at least so long
+DGT_TEST_AWAIT=STEP:ATTEMPT           every rank waits before that step until a signal has asked it to stop
 
 Places: `start` (before the first step), `step-N` (before step N), `evaluation` (within one), `save` (before a
-checkpoint gets its name), `saved` (after it has it).
+checkpoint gets its name; `save-N`: that of step N), `saved` (after it has it). `begin` (the batch script's first act)
+and `health_check` (on the first node), before there are ranks.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ def patch(module: Any) -> None:
         before = time.monotonic()
         hold(f"step-{self.progress.step + 1}")
         fail(self.progress.step + 1)
+        await_signal(self.progress.step + 1, self.interruption)
         result = step(self, *arguments)
         time.sleep(max(0.0, float(os.environ.get("DGT_TEST_STEP_SECONDS", 0)) - (time.monotonic() - before)))
         return result
@@ -68,10 +71,11 @@ def patch(module: Any) -> None:
     def renamed(path: Path, to: Any) -> Any:
         if path.suffix == ".saving":
             hold("save")
+            hold(f"save-{int(path.stem.removeprefix('step_'))}")
         return rename(path, to)
 
     trainer.run, trainer.step, trainer.save, module.evaluate = started, stepped, saved, evaluated
-    Path.rename = renamed  # type: ignore[method-assign]
+    Path.rename = renamed  # type: ignore[method-assign, assignment]
 
 
 def is_this_attempt(words: list[str], position: int) -> bool:
@@ -80,11 +84,11 @@ def is_this_attempt(words: list[str], position: int) -> bool:
 
 
 def hold(place: str) -> None:
-    """Waits at a place, once in a process."""
+    """Waits at a place, the first time that it comes there."""
     for told in os.environ.get("DGT_TEST_HOLD", "::").split(","):
         words = told.split(":")
-        if words[0] == place and os.environ.get("RANK") == "0" and is_this_attempt(words, 2):
-            os.environ.pop("DGT_TEST_HOLD")
+        is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "0"
+        if words[0] == place and is_first and is_this_attempt(words, 2) and not Path(words[1]).exists():
             Path(words[1]).touch()
             while not Path(words[1] + ".go").exists():
                 time.sleep(0.02)
@@ -98,5 +102,17 @@ def fail(step: int) -> None:
         raise RuntimeError(f"rank {words[1]} was told to raise at step {step}")
 
 
+def await_signal(step: int, interruption: Any) -> None:
+    """Waits before a step for a signal."""
+    words = os.environ.get("DGT_TEST_AWAIT", ":").split(":")
+    while words[0] == str(step) and is_this_attempt(words, 1) and not interruption.received:
+        time.sleep(0.02)
+
+
 if any(name.startswith("DGT_TEST_") for name in os.environ):
     sys.meta_path.insert(0, Finder())
+    program = [Path(word).stem for word in sys.orig_argv[1:]]
+    if program[:1] == ["health_check"]:
+        hold("health_check")
+    elif program[:1] == ["attempt"]:
+        hold(program[-1])
