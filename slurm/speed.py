@@ -1,9 +1,14 @@
-"""How fast this node multiplies matrices and talks to the others, measured with torch for slurm/health_check.py."""
+"""How fast this node multiplies matrices and talks to the others, measured with torch for slurm/health_check.py.
+
+As a program it prints the speed of each device's matrix products as JSON.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -45,13 +50,14 @@ def all_reduce(limit: float) -> Exchange:
     Uses NCCL where there are GPUs, gloo elsewhere. Raises an error of torch.distributed where a rank does not come or
     does not answer within `limit` seconds.
     """
+    store = meet(limit)
     gpus = torch.cuda.device_count()
     device = f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}" if gpus else "cpu"
     backend, size = ("nccl", 2**28) if gpus else ("gloo", 2**24)
     if gpus:
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=timedelta(seconds=limit))
-    ranks = dist.get_world_size()
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=limit))
     message = torch.zeros(size // 4, device=device)
     for times in (2, 5):  # the first ones build the connections
         seconds = seconds_of(lambda: dist.all_reduce(message), times, device)
@@ -60,6 +66,22 @@ def all_reduce(limit: float) -> Exchange:
     bandwidth = 2 * (ranks - 1) / ranks * size / slowest.item()
     dist.destroy_process_group()
     return Exchange(bandwidth, ranks, backend)
+
+
+def meet(limit: float) -> dist.Store:
+    """Waits until all ranks are here; returns what they find each other by.
+
+    Only then may any of them use a GPU: the first rank of a node may still be measuring all of the node's, and in
+    compute mode EXCLUSIVE_PROCESS a GPU serves one process. Raises RuntimeError naming how many came.
+    """
+    store, _, ranks = next(dist.rendezvous("env://", timeout=timedelta(seconds=limit)))
+    if store.add("came", 1) == ranks:
+        store.set("complete", "")
+    try:
+        store.wait(["complete"], timedelta(seconds=limit))
+    except dist.DistStoreError:
+        raise RuntimeError(f"only {store.add('came', 0)} of {ranks} ranks came within {limit:.0f} s") from None
+    return store
 
 
 def seconds_of(work: Callable[[], object], times: int, device: str) -> float:
@@ -76,3 +98,7 @@ def finish(device: str) -> None:
     """Waits until the device has done what was asked of it."""
     if device != "cpu":
         torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    json.dump(matrix_products(), sys.stdout)
