@@ -12,13 +12,14 @@ batch log through standard error. It starts in a moment, because it needs no mor
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ if not __package__:  # started as a file: what is imported must come from beside
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
 
-from launch import cluster, events, requeue, runs, verdict
+from launch import cluster, events, health, requeue, runs, verdict
 from launch.verdict import Ending, Tally
 
 NOTICE_SECONDS = 60
@@ -35,14 +36,10 @@ WATCH_SECONDS = 300
 """How often the watch asks whether the time limit has been changed."""
 LAST_MOMENT_SECONDS = 15
 """A requeue must be asked for this long before the time limit: a job that has met it never comes back."""
-NO_REPORT: dict[str, Any] = {
-    "checks": [{"name": "report", "ok": False, "text": "there is none, the node gave no answer"}]
-}
-"""What stands for the report of a node that left none."""
-MOST_EXCLUDED = 4
-"""Times the job's own nodes; where more are excluded, it is the check that is wrong."""
-SHARED_CHECKS = ("all-reduce",)
-"""Checks of slurm/health_check.py that stand in every node's report, and blame none."""
+MOST_SICK = 8
+"""Requeues because of the health check, after which it is the check that is doubted."""
+CANCELLED = ("CANCELLED", "COMPLETING")
+"""State of a job that was cancelled, and its state on the way there."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,19 @@ class Attempt:
     def title(self) -> str:
         """The line in the batch log that it begins with."""
         return f"== attempt {self.number} of job {self.job} on {','.join(self.nodes)} =="
+
+    @property
+    def tally_file(self) -> Path:
+        """Where the tally is kept."""
+        return self.run / "jobs" / f"{self.token}.tally"
+
+    def tally(self) -> Tally:
+        """What the attempts before have left to count."""
+        return Tally(**(runs.read_json(self.tally_file) or {}))
+
+    def remember(self, tally: Tally) -> None:
+        """Leaves it to those that follow."""
+        leave(self.tally_file, json.dumps(asdict(tally)) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,6 +119,7 @@ def begin(attempt: Attempt) -> int:
         )
         print("exit 2")
         return 0
+    runs.claim(attempt.prefix)
     note_vanished(attempt)
     note_new_attempt(attempt)
     leave(jobs / f"{attempt.token}.shared", attempt.token)
@@ -117,6 +128,7 @@ def begin(attempt: Attempt) -> int:
     deadline = cluster.seconds(fields["EndTime"]) if fields else None
     if deadline is not None:
         print(f"export {runs.DEADLINE_VARIABLE}={deadline:.0f}")
+    print("begun=yes")
     return 0
 
 
@@ -136,11 +148,17 @@ def note_vanished(attempt: Attempt) -> None:
     if not started or any(event["event"] == "stopped" for event in story[story.index(started[-1]) :]):
         return
     last = started[-1]
+    nodes = tuple(last.get("nodes", ()))
     states = cluster.node_states(attempt.partition)
-    lost = [node for node in last.get("nodes", ()) if cluster.is_lost(states.get(node, ""))]
+    said = said_in_attempt(replace(attempt, number=last["attempt"], nodes=nodes))
+    # a node may be back in service by now, and a batch host's script heard nothing
+    lost = verdict.lost_node_of(said) or ",".join(node for node in nodes if cluster.is_lost(states.get(node, "")))
     asked = runs.read_json(Path(f"{attempt.run}/jobs/{attempt.token}.{last['attempt']}.stopping"))
+    preempted = cluster.seconds((cluster.job_fields(attempt.job) or {}).get("PreemptTime", ""))
     if lost:
-        reason, text = "node failure", f"node {','.join(lost)} failed"
+        reason, text = "node failure", f"node {lost} failed"
+    elif not asked and preempted and preempted >= datetime.datetime.fromisoformat(last["time"]).timestamp():
+        reason, text = "preempted", "preempted, with no time to save"
     elif asked:
         reason = "preempted" if asked.get("preempted") else "signal"
         text = f"ended while it saved, after {asked['signal']}; its time was too short for a save"
@@ -159,50 +177,38 @@ def note_vanished(attempt: Attempt) -> None:
 
 def judge_nodes(attempt: Attempt) -> int:
     """Reads the reports of the health check; prints `exit` where the job cannot run on these nodes."""
-    reports = [runs.read_json(path) or {} for path in Path(f"{attempt.prefix}.health").glob("*.json")]
-    if not reports:
+    word = scheduler(attempt, None)
+    if word:  # it was told to stop meanwhile, and so was the check
+        print(f"exit {conclude(attempt, Ending(None, word, progressed=False))}")
+        return 0
+    found = health.judge(Path(f"{attempt.prefix}.health"), attempt.nodes)
+    if found is None:
         say(f"the health check left no report, see {attempt.run}/logs/health.log; no node is judged")
         return 0
-    told = {report["node"]: report for report in reports if "node" in report}
-    shared = {check["text"] for report in told.values() for check in failed(report) if check["name"] in SHARED_CHECKS}
-    if shared:
-        tell(attempt, "warning", f"the nodes together fail their health check: {'; '.join(sorted(shared))}")
-    bad = {node: why for node in attempt.nodes if (why := complaint(told.get(node, NO_REPORT)))}
-    if not bad:
-        return 0
-    for node, why in bad.items():
-        say(f"node {node} fails its health check: {why}")
-    kinds = {tuple(check["name"] for check in failed(told.get(node, NO_REPORT))) for node in bad}
-    if len(bad) == len(attempt.nodes) > 1 and len(kinds) == 1:
-        return give_up(attempt, f"every node fails the health check in the same way: {next(iter(bad.values()))}")
-    if len(requeue.excluded(attempt.job)) >= MOST_EXCLUDED * len(attempt.nodes):
-        return give_up(
-            attempt, f"too many nodes fail the health check to be at fault; the last: {'; '.join(bad.values())}"
-        )
-    if not can_exclude(attempt, bad):
-        return give_up(attempt, f"node {','.join(bad)} fails the health check, and too few others are left")
-    why = "; ".join(f"node {node} fails its health check: {text}" for node, text in bad.items())
-    tell(attempt, "stopped", why, reason="node failure")
-    status = come_back(attempt, why, exclude=bad)
-    print(f"exit {status}")
+    if found.shared:
+        tell(attempt, "warning", f"the nodes together fail their health check: {found.shared}")
+    if found.bad:
+        print(f"exit {leave_out(attempt, found)}")
     return 0
 
 
-def complaint(report: dict[str, Any]) -> str:
-    """What a node's report holds against the node; empty where it is healthy."""
-    return "; ".join(f"{c['name']}: {c['text']}" for c in failed(report) if c["name"] not in SHARED_CHECKS)
-
-
-def failed(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The checks of a report that did not end well."""
-    return [check for check in report["checks"] if not check["ok"]]
-
-
-def give_up(attempt: Attempt, why: str) -> int:
-    """Ends the job before its ranks have started."""
-    tell(attempt, "gave-up", why, reason="node failure")
-    print("exit 1")
-    return 0
+def leave_out(attempt: Attempt, found: health.Findings) -> int:
+    """Has the job start again without the nodes that fail the check, or gives up; returns the exit status."""
+    why = "; ".join(f"node {node} fails its health check: {text}" for node, text in found.bad.items())
+    tally = attempt.tally()
+    doubt = ""
+    if found.alike:
+        doubt = "; all fail alike, so it is hardly the nodes"
+    elif tally.sick >= MOST_SICK:
+        doubt = f"; that makes {tally.sick + 1} times, so it is hardly the nodes"
+    elif not can_exclude(attempt, found.bad):
+        doubt = "; too few others are left"
+    tell(attempt, "stopped", why + doubt, reason="node failure")
+    if doubt:
+        tell(attempt, "gave-up", f"{why}{doubt}; see {attempt.run}/logs/health.log")
+        return 1
+    attempt.remember(replace(tally, sick=tally.sick + 1))
+    return come_back(attempt, why, exclude=found.bad)
 
 
 def watch(attempt: Attempt) -> int:
@@ -210,13 +216,14 @@ def watch(attempt: Attempt) -> int:
 
     Reached only where the ranks did not leave after Slurm's notice, for instance because a save takes too long.
     """
+    deadline = None
     while True:
         fields = cluster.job_fields(attempt.job)  # the limit can be changed meanwhile
-        deadline = cluster.seconds(fields["EndTime"]) if fields else None
+        deadline = cluster.seconds(fields["EndTime"]) if fields else deadline
         left = float("inf") if deadline is None else deadline - LAST_MOMENT_SECONDS - time.time()
         if left <= 0:
             break
-        time.sleep(min(left, WATCH_SECONDS))
+        time.sleep(min(left, WATCH_SECONDS if fields else requeue.RETRY_SECONDS))
     if fields and verdict.word_of_slurm(fields, attempt.number, near_end=True) != "time limit":
         return 0  # preempted or cancelled: Slurm knows what to do
     say(f"the ranks have not saved {LAST_MOMENT_SECONDS} s before the time limit: raise --signal-lead {attempt.lead}")
@@ -235,15 +242,25 @@ def end(attempt: Attempt) -> int:
 
 
 def has_progressed(attempt: Attempt) -> bool:
-    """Whether there is a newer checkpoint than when the attempt began."""
-    return (runs.newest_checkpoint(attempt.run) or "") != runs.read_text(f"{attempt.prefix}.before")
+    """Whether there is a newer checkpoint than when the attempt began; an older one may have been set aside."""
+    newest, before = runs.newest_checkpoint(attempt.run), runs.read_text(f"{attempt.prefix}.before")
+    return (runs.step_of(newest) or 0) > (runs.step_of(before) or 0)
 
 
 def conclude(attempt: Attempt, ending: Ending) -> int:
-    """Decides what becomes of the job, notes it, and sees to it; returns the exit status of a job that ends here."""
-    tally_file = attempt.run / "jobs" / f"{attempt.token}.tally"
-    found = verdict.decide(ending, Tally(**(runs.read_json(tally_file) or {})), attempt.max_retries)
-    leave(tally_file, json.dumps(asdict(found.tally)) + "\n")
+    """Decides what becomes of the job, notes it, and sees to it; returns the exit status of a job that ends here.
+
+    The watch and the end of the ranks can both come to this; the second one leaves it to the first.
+    """
+    try:
+        Path(f"{attempt.prefix}.concluded").touch(exist_ok=False)
+    except FileExistsError:
+        requeue.wait_to_be_ended()
+        return 1
+    except OSError as error:
+        say(f"{attempt.prefix}.concluded cannot be made: {error.strerror or error}")
+    found = verdict.decide(ending, attempt.tally(), attempt.max_retries)
+    attempt.remember(found.tally)
     newest = runs.newest_checkpoint(attempt.run)
     if found.action == "done":
         tell(attempt, "finished", found.text, step=runs.step_of(newest))
@@ -270,18 +287,19 @@ def scheduler(attempt: Attempt, marker: tuple[runs.End, dict[str, Any]] | None) 
 
 def can_exclude(attempt: Attempt, nodes: Iterable[str]) -> bool:
     """Whether enough nodes of the partition are left without these and those excluded before."""
-    without = {*nodes, *requeue.excluded(attempt.job)}
-    return cluster.spare(cluster.node_states(attempt.partition), without) >= len(attempt.nodes)
+    states = requeue.patiently(lambda: cluster.node_states(attempt.partition) or None) or {}
+    return cluster.spare(states, {*nodes, *requeue.excluded(attempt.job)}) >= len(attempt.nodes)
 
 
 def come_back(attempt: Attempt, why: str, exclude: Iterable[str] = ()) -> int:
-    """Has Slurm start the job again, without some nodes, and waits to be ended; returns only where it was refused."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it follows a requeue at once, and nodes are excluded only then
-    refusal = requeue.request(attempt.job)
+    """Has Slurm start the job again, without some nodes, and waits to be ended; returns only where it does not."""
+    ended: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))  # follows a requeue at once; nodes come first
+    refusal = requeue.request(attempt.job, attempt.number)
     if refusal:
         state = (cluster.job_fields(attempt.job) or {}).get("JobState", "unknown")
-        kind: events.Event = "cancelled" if state == "CANCELLED" else "gave-up"
-        tell(attempt, kind, f"not requeued ({refusal}; job {attempt.job} is {state}); submit the run again to go on")
+        text = f"not requeued ({refusal}; job {attempt.job} is {state}); submit the run again to go on"
+        tell(attempt, "cancelled" if state in CANCELLED else "gave-up", text)
         return 1
     tell(attempt, "requeued", f"Slurm job {attempt.job} is to start again: {why}")
     for node in exclude:
@@ -291,7 +309,8 @@ def come_back(attempt: Attempt, why: str, exclude: Iterable[str] = ()) -> int:
         else:
             tell(attempt, "node-excluded", f"node {node} is not used again: {why}", node=node)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    requeue.wait_to_be_ended()
+    if not ended:
+        requeue.wait_to_be_ended()
     return 1
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,18 @@ from launch.profiles import Profile
 from launch.runs import LOCK_VARIABLE, MARKER_VARIABLE, LaunchError
 
 BEFORE = r"""
+set +eu +o pipefail  # whatever the profile's lines have set
 trap : TERM  # Slurm's TERM ends the ranks; this script stays to say what becomes of the job
+# what a shell inside another job, or under torchrun, has left in the environment says nothing about these ranks
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT DGT_LAUNCHER_PID DGT_DEADLINE
 attempt=("$python" "$code/launch/attempt.py" --run "$run" --token "$token" --lead "$lead" --max-retries "$max_retries")
+begun=
 eval "$("${attempt[@]}" begin)"
+if [ -z "$begun" ]; then
+  echo "this node cannot run $code with $python, see above"
+  if [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ] && scontrol requeue Incomplete "$SLURM_JOB_ID"; then sleep 600; fi
+  exit 1
+fi
 """
 CHECK_NODES = r"""
 health=$run/jobs/$token.${SLURM_RESTART_COUNT:-0}.health
@@ -70,12 +81,11 @@ def sbatch(folder: Path, asked: dict[str, Any], command: str) -> str:
     """Submits through submitit what is `asked` for, running `command`; scripts and logs are in `folder`."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    for name in overriding(asked):
-        os.environ.pop(name, None)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / "jobs").mkdir(parents=True, exist_ok=True)
     try:
-        return executor(folder, asked)._submit_command(command).job_id
+        with without(misleading(asked)):
+            return executor(folder, asked)._submit_command(command).job_id
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         raise LaunchError(f"sbatch did not take the job: {' '.join(str(error).split())}") from None
     finally:
@@ -83,11 +93,24 @@ def sbatch(folder: Path, asked: dict[str, Any], command: str) -> str:
             link.unlink()
 
 
-def overriding(asked: dict[str, Any]) -> list[str]:
-    """Variables of the shell, such as SBATCH_PARTITION, that sbatch would obey before what the script says."""
+def misleading(asked: dict[str, Any]) -> list[str]:
+    """Variables of the shell that sbatch would obey before the script, and those of a job that this shell runs in."""
     names = [name for name, value in (asked | asked["additional_parameters"]).items() if value is not None]
     others = {"time": "TIMELIMIT", "requeue": "NO_REQUEUE"}
-    return [f"SBATCH_{others.get(name, name.upper().replace('-', '_'))}" for name in [*names, "open_mode"]]
+    set_here = {f"SBATCH_{others.get(name, name.upper().replace('-', '_'))}" for name in [*names, "open_mode"]}
+    never = {"SBATCH_EXPORT", "SBATCH_ARRAY_INX", "SBATCH_WAIT", "SBATCH_CLUSTERS"}
+    of_a_job = {name for name in os.environ if name.startswith(("SLURM_", "SRUN_", "PMI_"))}
+    return [name for name in os.environ if name in set_here | never | of_a_job - {"SLURM_CONF", "SLURM_JWT"}]
+
+
+@contextmanager
+def without(names: list[str]) -> Iterator[None]:
+    """Takes variables out of the environment for a while."""
+    taken = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 def executor(folder: Path, asked: dict[str, Any]) -> Any:
@@ -139,8 +162,8 @@ def parameters(job: SlurmJob) -> dict[str, Any]:
             **profile.sbatch,
         },
         "srun_args": [
-            "--kill-on-bad-exit=1", f"--output={job.run}/logs/rank-%t.log", "--open-mode=append", *cpus,
-            *in_container(profile.srun, profile),
+            "--kill-on-bad-exit=1", "--export=ALL", f"--output={job.run}/logs/rank-%t.log", "--open-mode=append",
+            *cpus, *in_container(profile.srun, profile),
         ],
         "setup": setup(job),
         "teardown": AFTER.strip().splitlines(),
@@ -202,7 +225,7 @@ def check_nodes(job: SlurmJob) -> str:
     per_node = layout.processes_per_node if asked else 1
     step = [
         f"--nodes={layout.nodes}", f"--ntasks={layout.nodes * per_node}", f"--ntasks-per-node={per_node}",
-        f"--output={job.run}/logs/health.log", "--open-mode=append", "--kill-on-bad-exit=0", "--wait=0",
+        "--export=ALL", f"--output={job.run}/logs/health.log", "--open-mode=append", "--kill-on-bad-exit=0", "--wait=0",
     ]  # fmt: skip
     gpus = layout.processes_per_node if layout.use_gpus else 0
     asked += ["--gpus", str(gpus), "--shared", str(job.run), "--token", job.token]

@@ -22,10 +22,12 @@ def known_errors() -> tuple[type[Exception], ...]:
     from data_pipeline.shards.source import DamagedSampleError, DataError
     from dgt.config import ConfigError
     from dgt.training.checkpoint import CheckpointError
+    from dgt.training.interrupt import SupersededError
     from dgt.training.run_folder import RunFolderError
     from dgt.training.state import DivergedError
 
-    return LaunchError, ConfigError, CheckpointError, RunFolderError, DivergedError, DataError, DamagedSampleError
+    ours = (LaunchError, ConfigError, CheckpointError, RunFolderError, DivergedError, SupersededError)
+    return *ours, DataError, DamagedSampleError
 
 
 def would_repeat(error: Exception) -> bool:
@@ -35,8 +37,9 @@ def would_repeat(error: Exception) -> bool:
     """
     from data_pipeline.shards.source import DamagedSampleError, DataError
     from dgt.training.checkpoint import SaveError, UnreadableError
+    from dgt.training.interrupt import SupersededError
 
-    return not isinstance(error, (SaveError, UnreadableError, DataError, DamagedSampleError))
+    return not isinstance(error, (SaveError, UnreadableError, SupersededError, DataError, DamagedSampleError))
 
 
 def network(config: Config) -> nn.Module:

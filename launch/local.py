@@ -122,7 +122,9 @@ def run_attempt(job: LocalJob, attempt: int, noted: Noted, lock: int) -> Marker:
     """Starts the ranks once, waits for their end, reports a death; returns the marker that they left."""
     marker = str(job.run / "jobs" / f"{job.token}.{attempt}")
     logs = [job.run / "logs" / f"rank-{rank}.log" for rank in range(job.processes)]
-    logs[0].parent.mkdir(parents=True, exist_ok=True)
+    for folder in (logs[0].parent, job.run / "jobs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    runs.claim(marker)
     begins = [log.stat().st_size if log.exists() else 0 for log in logs]
     ranks: list[subprocess.Popen[bytes]] = []
     try:

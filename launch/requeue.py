@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -26,14 +27,32 @@ PATIENCE_SECONDS = 3600
 RETRY_SECONDS = 5
 KILLED_SECONDS = 600
 """Slurm ends a job that it requeues within its KillWait, which is shorter."""
-AWAY = ("Unable to contact", "ommunication", "timed out", "onnection")
-"""In what Slurm's commands say where the controller is away."""
+FINAL = ("Invalid job id", "disabled", "not permitted", "denied", "not authorized")
+"""In refusals that asking again does not change; whatever else Slurm says may be a controller that changes over."""
 
 
-def request(job: str) -> str:
-    """Asks for the job to be requeued; returns the refusal in Slurm's words, or nothing where it is granted."""
-    answer = patiently(lambda: scontrol("requeue", "Incomplete", job))
+def request(job: str, restarts: int) -> str:
+    """Asks for the job to be requeued; returns why it is not, in words, or nothing where it is.
+
+    `restarts`: how often it was started again until now. Slurm grants a request for a job that is ending, and does
+    nothing; so what counts is that the job has been started once more, or waits to be.
+    """
+    answer = patiently(lambda: attempt_request(job, restarts))
     return "the controller does not answer" if answer is None else answer
+
+
+def attempt_request(job: str, restarts: int) -> str | None:
+    """One request: nothing where the job comes back, why it does not, or None where to ask again."""
+    said = cluster.ask("scontrol", "requeue", "Incomplete", job)
+    fields = cluster.job_fields(job)
+    if said is None or fields is None:
+        return None
+    state, words = fields["JobState"], " ".join((said.stdout + said.stderr).split())
+    if int(fields.get("Restarts", 0)) > restarts or state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+        return ""
+    if state != "RUNNING" or any(word in words for word in FINAL):
+        return words or "it is ending"
+    return None
 
 
 def exclude(job: str, node: str) -> str:
@@ -48,18 +67,16 @@ def exclude(job: str, node: str) -> str:
 
 def excluded(job: str) -> list[str]:
     """The nodes that a job does not use."""
-    return cluster.hostnames((cluster.job_fields(job) or {}).get("ExcNodeList", ""))
+    fields = patiently(lambda: cluster.job_fields(job)) or {}
+    return cluster.hostnames(fields.get("ExcNodeList", ""))
 
 
 def scontrol(*words: str) -> str | None:
-    """Nothing where a request was granted, else the refusal in Slurm's words; None where the controller is away."""
+    """Nothing where a request was granted, else the refusal in Slurm's words; None where there is no answer."""
     answer = cluster.ask("scontrol", *words)
-    if answer is None:
-        return None
-    if answer.returncode == 0:
-        return ""
-    said = " ".join((answer.stdout + answer.stderr).split()) or "refused"
-    return None if any(word in said for word in AWAY) else said
+    if answer is None or answer.returncode == 0:
+        return answer and ""
+    return " ".join((answer.stdout + answer.stderr).split()) or "refused"
 
 
 def patiently(question: Callable[[], Answer | None]) -> Answer | None:
@@ -79,7 +96,7 @@ def wait_to_be_ended() -> None:
 
 def main() -> int:
     """Asks for the job on the command line."""
-    refusal = request(sys.argv[1])
+    refusal = request(sys.argv[1], int(os.environ.get("SLURM_RESTART_COUNT", 0)))
     if refusal:
         print(f"not requeued: {refusal}; submit again to go on", flush=True)
     else:

@@ -9,6 +9,7 @@
         jobs/TOKEN.ATTEMPT.interrupted    how an attempt ended, written by its rank 0: stopped as planned, and saved,
         jobs/TOKEN.ATTEMPT.finished       or training is complete,
         jobs/TOKEN.ATTEMPT.failed         or it failed in a way that another attempt would repeat
+        jobs/owner                        the attempt that may write to the run
         jobs/TOKEN.tally                  crashes in a row, and on which nodes, see launch/verdict.py
         jobs/NUMBER_submission.sh         what sbatch was given
         logs/                             one file per rank, appended by every attempt; batch.log of the batch script
@@ -39,6 +40,8 @@ MARKER_VARIABLE = "DGT_MARKER"
 """Environment variable that tells a rank where to leave its marker: a path without the ending."""
 LOCK_VARIABLE = "DGT_RUN_LOCKED"
 """Environment variable that tells a rank that whoever started it guards the run's folder."""
+OWNER = "owner"
+"""File in RUN/jobs that names the attempt that may write to the run."""
 CHECKPOINT = re.compile(r"step_\d{8,}")
 """Names of committed checkpoints, as of dgt/training/checkpoint.py, which cannot be imported here without torch."""
 DEADLINE_VARIABLE = "DGT_DEADLINE"
@@ -142,6 +145,18 @@ def leave_marker(prefix: str, end: End | Literal["stopping"], facts: dict[str, A
     path = Path(f"{prefix}.{end}")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(facts) + "\n")
+
+
+def claim(prefix: str) -> None:
+    """Says that the run is now the attempt's whose markers begin with `prefix`; whatever lives on of another leaves."""
+    path = Path(prefix)
+    write_atomically(path.with_name(OWNER), f"{path.name}\n")
+
+
+def is_claimed_by(prefix: str) -> bool:
+    """Whether no other attempt has claimed the run since."""
+    path = Path(prefix)
+    return read_text(path.with_name(OWNER)).strip() in ("", path.name)
 
 
 def read_marker(prefix: str) -> tuple[End, dict[str, Any]] | None:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("launch")
 
+DEADLINE_QUESTIONS, DEADLINE_SECONDS = 10, 1.0
+"""How often, and how far apart, Slurm is asked until when it lets a job run."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains as the configuration says; returns the exit status."""
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome = run(options, early, rank)
     except known_errors() as error:
         log.error("%s", error)
-        if would_repeat(error):
+        if would_repeat(error) and rank == 0:  # where another rank alone meets it, its node may be the cause
             mark("failed", {"reason": str(error)})
         return program.KNOWN_ERROR
     return conclude(outcome, rank)
@@ -88,7 +91,12 @@ def run(options: argparse.Namespace, early: Noted, rank: int) -> Outcome:
     checks.batches(config, world_size)
     checks.augmentation(config)
     with contextlib.closing(Announcement()) as announcement:
-        interruption = Interruption(deadline_of(os.environ), lambda n: announcement.make(n, interruption.longest_save))
+        prefix = os.environ.get(runs.MARKER_VARIABLE)
+        interruption = Interruption(
+            deadline_of(os.environ),
+            announce=lambda number: announcement.make(number, interruption.longest_save),
+            is_current=lambda: prefix is None or runs.is_claimed_by(prefix),
+        )
         interruption.install()
         for number in early.received:
             interruption.note(number, None)
@@ -141,8 +149,12 @@ class Announcement:
         """Adds to the marker until when Slurm lets the job run, and says how long that is."""
         from launch.cluster import job_fields, seconds
 
-        fields = job_fields(job) or {}
-        deadline = seconds(fields.get("EndTime", ""))
+        for _ in range(DEADLINE_QUESTIONS):  # a preempted job without a time limit gets its end only a moment later
+            fields = job_fields(job) or {}
+            deadline = seconds(fields.get("EndTime", ""))
+            if deadline is not None or self.is_closed:
+                break
+            time.sleep(DEADLINE_SECONDS)
         if deadline is None:
             return
         preempted, start = fields.get("PreemptTime", ""), fields.get("StartTime", "")

@@ -28,9 +28,11 @@ class Tally:
     """What is counted from attempt to attempt of one submission."""
 
     fruitless: int = 0
-    """Attempts in a row that ended by their own fault without a new checkpoint."""
+    """Attempts in a row that ended by their own fault, the ones after the last that made a new checkpoint."""
     failures: Mapping[str, int] = field(default_factory=dict)
     """How many crashes began on each node."""
+    sick: int = 0
+    """Requeues because of the health check."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Verdict:
     action: Literal["done", "again", "wait", "stop"]
     """"again": the scheduler is to start the job once more; "wait": it does so by itself; "stop": a person must act."""
     reason: str
-    """One word for the log: preempted, time limit, node failure, cancelled, crash, signal, error; finished."""
+    """For the log: preempted, time limit, node failure, requeued, cancelled, crash, signal or error; finished."""
     text: str
     """One sentence for people."""
     status: int
@@ -118,7 +120,9 @@ def crashed(ending: Ending, tally: Tally, max_retries: int) -> Verdict:
     if ending.culprit:
         failures[ending.culprit] = failures.get(ending.culprit, 0) + 1
     on = f" on node {ending.culprit}" if ending.culprit else ""
-    tally = Tally(fruitless, failures)
+    tally = replace(tally, fruitless=fruitless, failures=failures)
+    if fruitless > max_retries and ending.progressed:
+        return Verdict("stop", "crash", f"gave up after a crash{on}", 1, tally)
     if fruitless > max_retries:
         crashes = "a crash" if fruitless == 1 else f"{fruitless} crashes in a row"
         return Verdict(
@@ -147,10 +151,15 @@ LOST = re.compile(r"^srun: error: Node failure on (?P<node>\S+)$", re.MULTILINE)
 
 
 def culprit_of(said: str) -> str | None:
-    """Node of the first rank that died, by what srun said; a kill is the cause of others' errors, so it goes first."""
+    """Node on which the first rank died, by what srun said; None where that is not clear.
+
+    A kill is the cause of others' errors. Where ranks on several nodes end with an error, all may have lost one that
+    says nothing any more.
+    """
     deaths = [match for match in DEATH.finditer(said) if "Terminated" not in match["how"]]
-    killed = [match for match in deaths if not match["how"].startswith("Exited")]
-    return next((match["node"] for match in [*killed, *deaths]), None)
+    killed = {match["node"] for match in deaths if not match["how"].startswith("Exited")}
+    nodes = killed or {match["node"] for match in deaths}
+    return nodes.pop() if len(nodes) == 1 else None
 
 
 def lost_node_of(said: str) -> str | None:

@@ -78,8 +78,17 @@ class Checkpoint:
         return self.manifest["step"]
 
 
-def save(folder: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any], world: World) -> str | None:
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Any],
+    facts: dict[str, Any],
+    world: World,
+    permit: Callable[[], None] = lambda: None,
+) -> str | None:
     """Writes one checkpoint with every rank's part of `tensors`; all ranks call it and get the same answer.
+
+    `permit` is called on rank 0 just before the commit, and raises where there must be none.
 
     `facts` goes into the manifest (JSON). Where the step has a checkpoint, which then is of the same tensors because it
     was resumed from, only the manifest is replaced. Returns None when committed, else one sentence saying what went
@@ -91,6 +100,7 @@ def save(folder: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any]
 
         def replace() -> None:
             if world.is_main:
+                permit()
                 replace_facts(final, facts)
 
         error = attempt(replace, world)
@@ -112,6 +122,7 @@ def save(folder: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any]
     def commit() -> None:
         if world.is_main:
             write_manifest(temporary, {"format": FORMAT, "step": step, **facts, "files": files})
+            permit()
             temporary.rename(final)
             sync_folder(folder)
 
@@ -267,11 +278,17 @@ def newest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
 
 
 def read_tensors(checkpoint: Checkpoint, tensors: dict[str, Any], world: World) -> None:
-    """Fills `tensors`, of this rank's layout, in place. Raises CheckpointError where names or shapes do not match."""
+    """Fills `tensors`, of this rank's layout, in place.
+
+    Raises CheckpointError where names or shapes do not match, UnreadableError where the disk does not answer.
+    """
     try:
         dcp.load(tensors, checkpoint_id=checkpoint.path, process_group=world.control)
     except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
+        causes = [failure[0] for failure in error.failures.values()]
+        cause = next((c for c in causes if isinstance(c, OSError)), causes[0])
+        if isinstance(cause, OSError):  # of any rank
+            raise UnreadableError(f"{checkpoint.path}: cannot be read now: {cause}") from None
         raise CheckpointError(f"{checkpoint.path}: does not fit this network or optimizer: {cause}") from None
 
 

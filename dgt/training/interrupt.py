@@ -16,8 +16,16 @@ SAVES_BEFORE_DEADLINE = 2.0
 when many jobs end at once."""
 SECONDS_BEFORE_DEADLINE = 10.0
 """Seconds besides, in which the processes of all ranks end."""
+SECONDS_BETWEEN_LOOKS = 5.0
+"""How often rank 0 looks whether the run is still this attempt's."""
+SUPERSEDED = 1 << 16
+"""What ranks agree on where it is not; larger than any signal."""
 SHARE_BEFORE_DEADLINE = 0.5
 """Share of the time until the deadline that both take at most; else a job shorter than that would never train."""
+
+
+class SupersededError(RuntimeError):
+    """Another attempt has taken the run over; this one must not write to it any more."""
 
 
 class Interruption:
@@ -25,11 +33,18 @@ class Interruption:
 
     `deadline`: when the scheduler ends the job, as of time.time(); some time before it the ranks stop as if SIGUSR2 had
     come, because that notice can be late or missing. `announce` is called with the signal, once and on rank 0 alone,
-    as soon as all ranks have agreed to stop.
+    as soon as all ranks have agreed to stop. `is_current` says whether the run is still this attempt's: a scheduler
+    that has lost sight of a node starts the job again although its processes live on.
     """
 
-    def __init__(self, deadline: float | None = None, announce: Callable[[int], None] | None = None) -> None:
-        self.deadline, self.announce = deadline, announce
+    def __init__(
+        self,
+        deadline: float | None = None,
+        announce: Callable[[int], None] | None = None,
+        is_current: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.deadline, self.announce, self.is_current = deadline, announce, is_current
+        self.looked = time.time()
         self.allowance = 0.0 if deadline is None else max(0.0, SHARE_BEFORE_DEADLINE * (deadline - time.time()))
         self.received = 0
         """The first signal that came to this process."""
@@ -64,11 +79,31 @@ class Interruption:
         needed = SAVES_BEFORE_DEADLINE * self.longest_save + SECONDS_BEFORE_DEADLINE
         return time.time() >= self.deadline - min(needed, self.allowance)
 
+    def check_current(self) -> None:
+        """Raises SupersededError where the run is not this attempt's any more."""
+        self.looked = time.time()
+        if not self.is_current():
+            raise SupersededError("another attempt has taken this run over; this one leaves without saving")
+
+    def is_superseded(self) -> bool:
+        """Whether it is another's, as of a look every few seconds."""
+        if time.time() < self.looked + SECONDS_BETWEEN_LOOKS:
+            return False
+        self.looked = time.time()
+        return not self.is_current()
+
     def agreed(self, world: World) -> int:
-        """The signal that all ranks obey, the same answer on every rank; 0 where nobody has asked them to stop."""
+        """The signal that all ranks obey, the same answer on every rank; 0 where nobody has asked them to stop.
+
+        Raises SupersededError on every rank where the run is not theirs any more.
+        """
         if not self.decided:
             wish = self.received or (int(signal.SIGUSR2) if self.is_time_to_save() else 0)
+            if world.is_main and self.is_superseded():
+                wish = SUPERSEDED
             self.decided = world.agree_max(wish)
-            if self.decided and self.announce and world.is_main:
+            if 0 < self.decided < SUPERSEDED and self.announce and world.is_main:
                 self.announce(self.decided)
+        if self.decided == SUPERSEDED:
+            raise SupersededError("another attempt has taken this run over; this one leaves without saving")
         return self.decided

@@ -220,7 +220,8 @@ class Trainer:
         """
         started, progress, folder = time.perf_counter(), self.progress, self.folder.checkpoints
         facts = {"progress": asdict(progress), "config": run_folder.plain(self.config)}
-        error = checkpoint.save(folder, progress.step, self.tensors(), facts, self.world)
+        permit = self.interruption.check_current
+        error = checkpoint.save(folder, progress.step, self.tensors(), facts, self.world, permit)
         if error and (must or self.config.checkpoint.on_error == "stop"):
             raise checkpoint.SaveError(error)
         if error:

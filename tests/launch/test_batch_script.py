@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +148,10 @@ case "$1 $2" in
 "requeue Incomplete")
   {refusal}
   echo "$*" >> {run}/asked
+  sed -i 's/Restarts=[0-9]*/Restarts=99/' {run}/job.txt
   # as Slurm ends the script of a job that it requeues
-  setsid bash -c "sleep 0.5; kill -KILL -- -$(ps -o pgid= $$ | tr -d ' ')" >/dev/null 2>&1 & ;;
+  group=$(ps -o pgid= $$ | tr -d ' ')
+  setsid bash -c "sleep 0.5; kill -KILL -- -$group" >/dev/null 2>&1 & ;;
 *) echo "$*" >> {run}/asked ;;
 esac
 """
@@ -175,7 +178,9 @@ class Done:
         return self.story[-1]["event"], self.story[-1]["text"]
 
 
-def execute(run: Path, act: str, restarts: int = 0, **slurm: str) -> Done:
+def execute(
+    run: Path, act: str, restarts: int = 0, setup: Sequence[str] = (), code: Path = REPOSITORY, **slurm: str
+) -> Done:
     """Runs the script with an srun that does `act` as the ranks, and a Slurm that says what `slurm` has.
 
     `health`: what the health check's srun does; `nodes`: what sinfo says; `refusal`: what scontrol does before it
@@ -205,7 +210,7 @@ def execute(run: Path, act: str, restarts: int = 0, **slurm: str) -> Done:
     }  # fmt: skip
     if restarts:
         variables["SLURM_RESTART_COUNT"] = str(restarts)
-    script = batch_script.text(job(run, max_retries=1))
+    script = batch_script.text(replace(job(run, max_retries=1, setup=list(setup)), code=code))
     before = set(run.glob("asked"))
     earlier = len((run / "asked").read_text().splitlines()) if before else 0
     with (run / "logs" / "batch.log").open("a") as log:
@@ -222,6 +227,7 @@ def execute(run: Path, act: str, restarts: int = 0, **slurm: str) -> Done:
 
 
 REQUEUED = ["requeue Incomplete 7"]
+DISABLED = "echo 'Requested operation is presently disabled' >&2; exit 1"
 FIVE_NODES = "n1 idle\\nn2 idle\\nn3 idle\\nn4 idle\\nn5 idle"
 KILLED = -9
 """Status of a script that Slurm has ended, as it does with every job that it requeues."""
@@ -295,7 +301,11 @@ def test_cancelled_job_is_not_requeued_though_its_ranks_saved(tmp_path: Path) ->
 
 
 def test_job_that_slurm_has_requeued_already_is_left_to_it(tmp_path: Path) -> None:
-    done = execute(tmp_path, "echo 'srun: error: Node failure on n2' >&2", state="COMPLETING", told="1")
+    done = execute(
+        tmp_path,
+        f"sed -i 's/RUNNING/COMPLETING/; s/Restarts=0/Restarts=1/' {tmp_path}/job.txt; "
+        "echo 'srun: error: Node failure on n2' >&2",
+    )
     assert (done.status, done.asked) == (0, [])
     assert (done.story[-1]["reason"], done.story[-1]["text"]) == (
         "node failure", "node n2 failed; there is no checkpoint yet",
@@ -355,7 +365,7 @@ def test_preemption_of_an_earlier_attempt_excuses_no_crash(tmp_path: Path) -> No
 
 def test_health_check_whose_requeue_is_refused_starts_no_ranks(tmp_path: Path) -> None:
     health = reports(tmp_path, n1=None, n2="driver gone")
-    done = execute(tmp_path, f"touch {tmp_path}/ranks_started", health=health, nodes=FIVE_NODES, refusal="exit 1")
+    done = execute(tmp_path, f"touch {tmp_path}/ranks_started", health=health, nodes=FIVE_NODES, refusal=DISABLED)
     assert (done.status, done.asked, done.last[0]) == (1, [], "gave-up")
     assert not (tmp_path / "ranks_started").exists()
 
@@ -366,8 +376,60 @@ def test_full_disk_costs_notes_but_not_the_requeue(small_disk: Path) -> None:
     assert not list((small_disk / "jobs").glob("*.tally")), "the disk was not full"
 
 
+def test_controller_that_changes_over_is_asked_again(tmp_path: Path) -> None:
+    once = f"[ -e {tmp_path}/once ] || {{ touch {tmp_path}/once; echo 'Zero Bytes were transmitted' >&2; exit 1; }}"
+    done = execute(tmp_path, mark("interrupted", signal="SIGTERM"), refusal=once)
+    assert (done.status, done.asked, done.last[0]) == (KILLED, REQUEUED, "requeued")
+
+
+def test_request_that_is_granted_without_effect_is_no_requeue(tmp_path: Path) -> None:
+    ending = f"sed -i 's/JobState=[A-Z]*/JobState=COMPLETING/' {tmp_path}/job.txt; exit 0"
+    done = execute(tmp_path, mark("interrupted", signal="SIGTERM"), refusal=ending)
+    assert (done.status, done.asked, done.last[0]) == (1, [], "cancelled")
+    assert "not requeued (it is ending; job 7 is COMPLETING)" in done.last[1]
+
+
+def test_variables_of_another_launcher_or_job_do_not_reach_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "DGT_LAUNCHER_PID"):
+        monkeypatch.setenv(name, "7")
+    execute(tmp_path, f"env > {tmp_path}/ranks; {mark('finished')}")
+    found = dict(line.split("=", 1) for line in (tmp_path / "ranks").read_text().splitlines() if "=" in line)
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "DGT_LAUNCHER_PID"} & found.keys()
+    assert found["MASTER_PORT"] != "7"
+
+
+def test_lines_of_a_profile_cannot_keep_the_script_from_its_end(tmp_path: Path) -> None:
+    done = execute(tmp_path, "exit 3", setup=["set -euo pipefail"])
+    assert (done.status, done.asked, done.story[-2]["reason"]) == (KILLED, REQUEUED, "crash")
+
+
+def test_node_that_cannot_run_the_launcher_gives_the_job_back(tmp_path: Path) -> None:
+    done = execute(tmp_path, f"touch {tmp_path}/ranks_started", code=tmp_path / "nowhere")
+    assert (done.status, done.asked) == (KILLED, REQUEUED)
+    assert not (tmp_path / "ranks_started").exists()
+    tired = execute(tmp_path, ":", restarts=10, code=tmp_path / "nowhere")
+    assert (tired.status, tired.asked) == (1, [])
+
+
+def test_attempt_claims_the_run(tmp_path: Path) -> None:
+    execute(tmp_path, mark("finished"), restarts=3)
+    assert runs.is_claimed_by(f"{tmp_path}/jobs/{TOKEN}.3")
+    assert not runs.is_claimed_by(f"{tmp_path}/jobs/{TOKEN}.2")
+
+
+def test_preemption_during_the_health_check_blames_no_node(tmp_path: Path) -> None:
+    health = (
+        f"{reports(tmp_path, n1=None)}; sed -i s/PreemptTime=None/PreemptTime=2026-01-02T01:00:00/ {tmp_path}/job.txt"
+    )
+    done = execute(tmp_path, f"touch {tmp_path}/ranks_started", health=health, nodes=FIVE_NODES)
+    assert (done.status, done.asked, done.story[-2]["reason"]) == (KILLED, REQUEUED, "preempted")
+    assert not (tmp_path / "ranks_started").exists()
+
+
 def test_refused_requeue_is_said_and_fails(tmp_path: Path) -> None:
-    done = execute(tmp_path, "exit 1", refusal="echo 'Requested operation is presently disabled' >&2; exit 1")
+    done = execute(tmp_path, "exit 1", refusal=DISABLED)
     assert (done.status, done.asked) == (1, [])
     assert done.last[0] == "gave-up"
     assert "Requested operation is presently disabled" in done.last[1]
@@ -424,19 +486,27 @@ def test_failing_and_silent_nodes_are_excluded_before_the_ranks_start(tmp_path: 
     assert failing.story[-1]["text"] == "node n2 is not used again: node n2 fails its health check: gpu: driver gone"
     assert not list((tmp_path / "a" / "jobs").glob("*.ranks"))
     silent = execute(tmp_path / "b", ":", health=reports(tmp_path / "b", n1=None), nodes=FIVE_NODES)
-    assert "node n2 fails its health check: report: there is none, the node gave no answer" in silent.story[-1]["text"]
+    assert "node n2 fails its health check: report: there is none: no answer" in silent.story[-1]["text"]
 
 
 def test_health_check_that_fails_everywhere_alike_is_nobodys_nodes_fault(tmp_path: Path) -> None:
     done = execute(tmp_path, ":", health=reports(tmp_path, n1="8 GB free", n2="9 GB free"))
     assert (done.status, done.asked, done.last[0]) == (1, [], "gave-up")
-    assert "every node fails the health check in the same way: gpu: 8 GB free" in done.last[1]
+    assert "all fail alike, so it is hardly the nodes" in done.last[1]
 
 
 def test_node_is_not_excluded_where_too_few_are_left(tmp_path: Path) -> None:
     done = execute(tmp_path, ":", health=reports(tmp_path, n1=None, n2="sick"), nodes="n1 allocated\\nn2 allocated")
     assert (done.status, done.asked, done.last[0]) == (1, [], "gave-up")
     assert "too few others are left" in done.last[1]
+
+
+def test_health_check_that_never_ends_finding_faults_is_doubted(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / f"{TOKEN}.tally").write_text('{"sick": 8}')
+    done = execute(tmp_path, ":", health=reports(tmp_path, n1=None, n2="sick"), nodes=FIVE_NODES)
+    assert (done.status, done.asked, done.last[0]) == (1, [], "gave-up")
+    assert "that makes 9 times, so it is hardly the nodes" in done.last[1]
 
 
 def test_health_check_without_any_report_judges_nobody(tmp_path: Path) -> None:

@@ -128,5 +128,7 @@ def test_node_of_the_first_death_is_found_in_what_srun_says() -> None:
     assert verdict.culprit_of(SRUN.replace("Killed", "Terminated")) == "n1"
     assert verdict.culprit_of("srun: error: n4: task 3: Segmentation fault (core dumped)\n") == "n4"
     assert verdict.culprit_of("nothing of the kind") is None
+    both = "srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n3: task 2: Exited with exit code 1\n"
+    assert verdict.culprit_of(both) is None, "each may have lost a third"
     assert verdict.lost_node_of("srun: error: Node failure on n3\n") == "n3"
     assert verdict.lost_node_of(SRUN) is None

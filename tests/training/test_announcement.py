@@ -53,8 +53,8 @@ def join_threads(before: set[threading.Thread]) -> None:
 
 
 def local(moment: float) -> str:
-    """As Slurm prints times."""
-    return datetime.datetime.fromtimestamp(moment).strftime("%Y-%m-%dT%H:%M:%S")
+    """As launch.cluster has Slurm print times."""
+    return datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def answering(fields: dict[str, str] | None, asked: list[str], when: threading.Event) -> Callable[[str], Any]:
@@ -110,11 +110,12 @@ def test_the_marker_stays_as_it_is_where_slurm_knows_no_end(
     asked, answer = [], threading.Event()
     answer.set()
     monkeypatch.setattr(cluster, "job_fields", answering(fields, asked, answer))
+    monkeypatch.setattr(program, "DEADLINE_SECONDS", 0.0)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     before = set(threading.enumerate())
     Announcement().make(signal.SIGUSR2, longest_save=20.0)
     join_threads(before)
-    assert asked == ["77"]
+    assert asked == ["77"] * program.DEADLINE_QUESTIONS, "Slurm may know it a moment later"
     assert sorted(stopping(marked)) == ["signal", "time"]
 
 

@@ -17,7 +17,7 @@ from small import small_config
 from dgt.config import Config
 from dgt.training import checkpoint, interrupt
 from dgt.training.checkpoint import CheckpointConfig, SaveError
-from dgt.training.interrupt import SECONDS_BEFORE_DEADLINE, Interruption
+from dgt.training.interrupt import SECONDS_BEFORE_DEADLINE, SECONDS_BETWEEN_LOOKS, Interruption, SupersededError
 from dgt.training.steps import StepsConfig
 from dgt.training.trainer import Trainer, train
 from dgt.training.world import World, joined
@@ -253,3 +253,35 @@ def test_saves_are_measured_reported_and_remembered_by_the_next_attempt(tmp_path
     second.note(signal.SIGTERM, None)
     assert train(config, second).step == max(seconds)
     assert second.longest_save == first.longest_save
+
+
+def test_attempt_that_another_has_replaced_leaves_within_seconds_and_announces_nothing(
+    clock: Clock, world: World
+) -> None:
+    owners, announced = ["me"], []
+    interruption = Interruption(announce=announced.append, is_current=lambda: owners[-1] == "me")
+    clock.now += SECONDS_BETWEEN_LOOKS
+    assert interruption.agreed(world) == 0
+    owners.append("another")
+    clock.now += SECONDS_BETWEEN_LOOKS - 1
+    assert interruption.agreed(world) == 0, "it looks only now and then"
+    clock.now += 1
+    for _ in range(2):
+        with pytest.raises(SupersededError, match="another attempt has taken this run over"):
+            interruption.agreed(world)
+    assert announced == []
+
+
+def test_attempt_that_another_has_replaced_commits_no_checkpoint(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=StepsConfig(epochs=1, global_batch_size=8, micro_batch_size=2))
+    looks: list[int] = []
+
+    def is_current() -> bool:
+        looks.append(len(committed(config)))
+        return looks[-1] < 1
+
+    with pytest.raises(SaveError, match="another attempt has taken this run over"):
+        train(config, Interruption(is_current=is_current))
+    assert committed(config) == ["step_00000002"], "the first save is its own, and the last one is not"
+    assert not list((config.run_dir / "checkpoints").glob("*.saving"))
+    assert looks[0] == 0
