@@ -133,6 +133,11 @@ def locked(run: Path, mode: int = 0o700) -> Iterator[int]:
                 f"the run {run.name} is active: {holder} holds {run / 'run.lock'}. Wait for its end, stop it, or "
                 "choose another name"
             ) from None
+        except OSError as error:
+            raise LaunchError(
+                f"{run / 'run.lock'} cannot be locked ({error.strerror or error}), so a second job could write to the "
+                "run: keep it on a file system with locks (Lustre: mounted with -o flock)"
+            ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield descriptor

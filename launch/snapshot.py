@@ -21,6 +21,8 @@ from pathlib import Path
 from launch.runs import LaunchError
 
 PACKAGES = ("dgt", "data_pipeline", "launch", "slurm")
+CONFIG, FACTS = "config.yaml", "snapshot.json"
+"""What a snapshot holds besides the code."""
 DIGEST_LENGTH = 12
 """Hexadecimal digits of the folder's name: 48 bits, far beyond the number of snapshots of one run."""
 
@@ -33,25 +35,27 @@ def take(run: Path, config_yaml: str, root: Path | None = None) -> Path:
     """
     root = root or Path(__file__).resolve().parents[1]
     files = code_files(root)
-    final = run / "code" / digest_of(root, files, config_yaml)
-    if final.is_dir():
-        check_unchanged(final, files)
-        return final
-    temporary = final.with_name(f".{final.name}.new")
+    folder = run / "code"
+    known = folder / digest_of(root, files, config_yaml)
+    if known.is_dir():
+        check_unchanged(known)
+        return known
+    temporary = folder / f".{known.name}.new"
     try:
-        for left in final.parent.glob(
-            ".*.new"
-        ):  # by a submission that was killed; the run's lock says that none is alive
+        for left in folder.glob(".*.new"):  # by a submission that was killed; the run's lock says that none is alive
             shutil.rmtree(left, ignore_errors=True)
         for name in files:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, temporary / name)
-        (temporary / "config.yaml").write_text(config_yaml)
-        (temporary / "snapshot.json").write_text(json.dumps({"source": str(root), **git_state(root)}, indent=1) + "\n")
-        temporary.rename(final)
+        (temporary / CONFIG).write_text(config_yaml)
+        (temporary / FACTS).write_text(json.dumps({"source": str(root), **git_state(root)}, indent=1) + "\n")
+        final = folder / digest_of(temporary, files, config_yaml)  # of what was copied: the source can change meanwhile
+        if not final.is_dir():
+            temporary.rename(final)
     except OSError as error:
+        raise LaunchError(f"the code could not be copied to {folder}: {error.strerror or error}") from None
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise LaunchError(f"the code could not be copied to {final}: {error.strerror or error}") from None
     return final
 
 
@@ -64,12 +68,14 @@ def digest_of(root: Path, files: list[str], config_yaml: str) -> str:
     return digest.hexdigest()[:DIGEST_LENGTH]
 
 
-def check_unchanged(snapshot: Path, files: list[str]) -> None:
-    """Raises LaunchError where an earlier snapshot is somebody else's, or no longer what its name says."""
-    if snapshot.stat().st_uid != os.getuid():
-        raise LaunchError(f"{snapshot} belongs to another user, whose code would run as you; choose another name")
+def check_unchanged(snapshot: Path) -> None:
+    """Raises LaunchError where a snapshot that is to be run is somebody else's, or no longer what its name says."""
     try:
-        found = digest_of(snapshot, files, (snapshot / "config.yaml").read_text())
+        if snapshot.stat().st_uid != os.getuid():
+            raise LaunchError(f"{snapshot} belongs to another user, whose code would run as you; choose another name")
+        paths = (path for path in snapshot.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+        files = sorted({str(path.relative_to(snapshot)) for path in paths} - {CONFIG, FACTS})
+        found = digest_of(snapshot, files, (snapshot / CONFIG).read_text())
     except OSError as error:
         found = error.strerror or str(error)
     if found != snapshot.name:

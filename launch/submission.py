@@ -95,8 +95,9 @@ def resume(run: Path) -> int:
         if record is None:
             raise LaunchError(f"{run} has no job.json: nothing was submitted there; use launch/submit.py")
         checks.not_active(run)
-        if not code_of(record).is_dir():
-            raise LaunchError(f"the snapshot {code_of(record)} of the last job is gone; use launch/submit.py")
+        if (run / "job.json").stat().st_uid != os.getuid():
+            raise LaunchError(f"the last job of {run} is another user's, whose command would run as you")
+        snapshot.check_unchanged(code_of(record))
         if record.cluster == "slurm":
             profile = profiles.from_plain(record.profile)
             limits.partition(layout_of(record), profile)

@@ -14,6 +14,7 @@ if not __package__:  # started as a file: what is imported must come from beside
 
 from launch import checks, layout, options, profiles, program, submission, sweep, wait
 from launch.layout import Wish
+from launch.runs import LaunchError
 from launch.submission import Checked, Request
 
 
@@ -40,14 +41,21 @@ def submit(chosen: argparse.Namespace) -> int:
             print(show(request, found))
         return 0
     problems = dict.fromkeys(problem for found in checked for problem in found.problems)
-    if problems:  # of any of them: a sweep starts whole or not at all
+    if problems:  # of any of them
         return program.refuse("dgt-submit", *problems)
     for warning in dict.fromkeys(warning for found in checked for warning in found.warnings):
         print(f"dgt-submit: warning: {warning}", file=sys.stderr)
+    refused = []
     for request in requests:
-        status = submission.start(request)
+        try:
+            status = submission.start(request)
+        except LaunchError as error:  # of a sweep, the others start all the same: some may be active already
+            refused.append(str(error))
+            continue
         if status:
             return status
+    if refused:
+        return program.refuse("dgt-submit", *refused)
     if chosen.wait and requests[0].layout.cluster == "slurm":
         return wait.until_ended([request.run for request in requests])
     return 0

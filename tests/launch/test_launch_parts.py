@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,8 +94,41 @@ def test_changed_snapshot_and_left_overs_of_a_killed_submission_are_not_used(che
     with pytest.raises(runs.LaunchError, match="has been changed since it was made"):
         snapshot.take(tmp_path / "run", "a: 1\n", checkout)
     (taken / "dgt" / "ops" / "a.py").unlink()
-    with pytest.raises(runs.LaunchError, match="No such file"):
+    with pytest.raises(runs.LaunchError, match="has been changed since it was made"):
         snapshot.take(tmp_path / "run", "a: 1\n", checkout)
+    second = snapshot.take(tmp_path / "run", "a: 2\n", checkout)
+    (second / "dgt" / "__pycache__").mkdir()
+    (second / "dgt" / "__pycache__" / "a.pyc").touch()
+    snapshot.check_unchanged(second)
+    (second / "dgt" / "added.py").touch()
+    with pytest.raises(runs.LaunchError, match="has been changed since it was made"):
+        snapshot.check_unchanged(second)
+    with pytest.raises(runs.LaunchError, match=r"changed since it was made \(No such file"):
+        snapshot.check_unchanged(tmp_path / "run" / "code" / "gone")
+
+
+def test_edit_while_the_snapshot_is_taken_gives_it_the_name_of_what_was_copied(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copy2
+
+    def edited(source: Path, to: Path) -> None:
+        (checkout / "launch" / "train.py").write_text("edited meanwhile")
+        copy(source, to)
+
+    monkeypatch.setattr(snapshot.shutil, "copy2", edited)
+    taken = snapshot.take(tmp_path / "run", "", checkout)
+    snapshot.check_unchanged(taken)
+    assert (taken / "launch" / "train.py").read_text() == "edited meanwhile"
+
+
+def test_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
+    with pytest.raises(runs.LaunchError, match=r"cannot be locked \(Function not implemented\)"), runs.locked(tmp_path):
+        pass
 
 
 def test_half_made_snapshot_has_no_name_that_is_used(

@@ -220,6 +220,10 @@ def test_resume_submits_the_same_snapshot_again_and_measures_the_lead(
     assert [after[key] for key in same] == [before[key] for key in same]
     script = (tmp_path / "again").read_text().splitlines()
     assert {"#SBATCH --time=2:00:00", "#SBATCH --signal=USR2@102"} <= set(script), "41.5 s of a save and 60 s more"
+    code = Path(after["command"][-1]).parent
+    (code / "dgt" / "__init__.py").write_text("raise SystemExit('changed')")
+    with pytest.raises(LaunchError, match="has been changed since it was made"):
+        submission.resume(run)
     a_slurm("squeue", "echo 'RUNNING (null)'")
     with pytest.raises(LaunchError, match="the run tiny is active: Slurm job 42 is RUNNING"):
         submission.resume(run)
@@ -236,6 +240,10 @@ def test_sweep_submits_one_run_per_combination_or_none(
     settings = yaml.safe_load(next(found["tiny-seed-4-lr-2e-3"].glob("*/config.yaml")).read_text())
     assert (settings["seed"], settings["optimizer"]["lr"], settings["name"]) == (4, 2e-3, "tiny-seed-4-lr-2e-3")
     capsys.readouterr()
+    a_slurm("squeue", 'case "$*" in *=41*) echo "RUNNING (null)";; esac')
+    assert submit.main(["--config", str(config), *SLURM, *sweep]) == 2, "one of them is active"
+    assert "Slurm job 41 is RUNNING" in (said := capsys.readouterr()).err
+    assert said.out.count(": Slurm job 4") == 3, "the others start again"
     wrong = ["--sweep", "steps.global_batch_size=8,9000", "--name", "other"]
     assert submit.main(["--config", str(config), *SLURM, *wrong]) == 2
     assert "fewer than one global batch of 9000" in capsys.readouterr().err
