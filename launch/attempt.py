@@ -293,8 +293,8 @@ def can_exclude(attempt: Attempt, nodes: Iterable[str]) -> bool:
 
 def come_back(attempt: Attempt, why: str, exclude: Iterable[str] = ()) -> int:
     """Has Slurm start the job again, without some nodes, and waits to be ended; returns only where it does not."""
-    ended: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))  # follows a requeue at once; nodes come first
+    # TERM follows a requeue at once, and nodes can be excluded only then; what is asked for here inherits the block
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     refusal = requeue.request(attempt.job, attempt.number)
     if refusal:
         state = (cluster.job_fields(attempt.job) or {}).get("JobState", "unknown")
@@ -308,9 +308,8 @@ def come_back(attempt: Attempt, why: str, exclude: Iterable[str] = ()) -> int:
             say(f"node {node} could not be excluded: {refusal}")
         else:
             tell(attempt, "node-excluded", f"node {node} is not used again: {why}", node=node)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if not ended:
-        requeue.wait_to_be_ended()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    requeue.wait_to_be_ended()
     return 1
 
 

@@ -36,7 +36,9 @@ fi
 CHECK_NODES = r"""
 health=$run/jobs/$token.${SLURM_RESTART_COUNT:-0}.health
 timeout --kill-after=10 "$health_timeout" srun %s "$python" "$code/slurm/health_check.py" --report "$health" %s
-eval "$("${attempt[@]}" nodes)"
+judged=$("${attempt[@]}" nodes)
+[ $? -lt 128 ] || exit 1  # Slurm has ended it, and this job with it
+eval "$judged"
 """
 WATCH = r"""
 "${attempt[@]}" watch & watcher=$!

@@ -459,6 +459,17 @@ def test_save_that_was_cut_off_is_noted_by_the_next_attempt(tmp_path: Path) -> N
     assert "ended while it saved, after SIGTERM; its time was too short for a save" in done.story[1]["text"]
 
 
+def test_requeue_is_noted_and_starts_nothing_though_its_term_reaches_all_that_runs(tmp_path: Path) -> None:
+    late, early = tmp_path / "late", tmp_path / "early"
+    when, told = "2026-01-02T01:00:00", ["started", "stopped", "requeued"]
+    done = execute(late, "exit 1", preempted=when, refusal="kill -TERM 0")
+    assert (done.asked, [event["event"] for event in done.story]) == (REQUEUED, told)
+    in_check = f"sed -i s/PreemptTime=None/PreemptTime={when}/ {early}/job.txt"
+    done = execute(early, f"touch {early}/ranks_started", health=in_check, refusal="kill -TERM 0")
+    assert (done.asked, [event["event"] for event in done.story]) == (REQUEUED, told)
+    assert not (early / "ranks_started").exists()
+
+
 def reports(run: Path, **why: str | None) -> str:
     """Shell that leaves reports of the health check: None is a healthy node, a text what is wrong."""
     lines = []
