@@ -12,7 +12,6 @@ batch log through standard error. It starts in a moment, because it needs no mor
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import signal
@@ -154,14 +153,14 @@ def note_vanished(attempt: Attempt) -> None:
     # a node may be back in service by now, and a batch host's script heard nothing
     lost = verdict.lost_node_of(said) or ",".join(node for node in nodes if cluster.is_lost(states.get(node, "")))
     asked = runs.read_json(Path(f"{attempt.run}/jobs/{attempt.token}.{last['attempt']}.stopping"))
-    preempted = cluster.seconds((cluster.job_fields(attempt.job) or {}).get("PreemptTime", ""))
+    preempted = verdict.was_preempted(said)  # Slurm itself has forgotten
     if lost:
         reason, text = "node failure", f"node {lost} failed"
-    elif not asked and preempted and preempted >= datetime.datetime.fromisoformat(last["time"]).timestamp():
-        reason, text = "preempted", "preempted, with no time to save"
     elif asked:
-        reason = "preempted" if asked.get("preempted") else "signal"
+        reason = "preempted" if preempted or asked.get("preempted") else "signal"
         text = f"ended while it saved, after {asked['signal']}; its time was too short for a save"
+    elif preempted:
+        reason, text = "preempted", "preempted, with no time to save"
     else:
         reason, text = "unknown", "ended at once: preempted without grace, or killed, or its node failed"
     newest = runs.newest_checkpoint(attempt.run)

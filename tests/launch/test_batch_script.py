@@ -442,6 +442,18 @@ def test_attempt_that_vanished_is_noted_by_the_next_one(tmp_path: Path) -> None:
     assert "preempted without grace, or killed, or its node failed" in done.story[1]["text"]
 
 
+def test_attempt_that_was_preempted_without_grace_is_told_by_what_slurm_wrote_in_its_log(tmp_path: Path) -> None:
+    title = "== attempt 0 of job 7 on n1,n2 ==\n"
+    end = "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-02T00:30:00 DUE TO PREEMPTION ***\n"
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "batch.log").write_text(title + end)
+    events.note(tmp_path, "started", "attempt 0", token=TOKEN, attempt=0, nodes=["n1", "n2"])
+    done = execute(tmp_path, mark("finished"), restarts=1)
+    assert (done.story[1]["reason"], done.story[1]["text"]) == (
+        "preempted", "preempted, with no time to save; there is no checkpoint yet",
+    )  # fmt: skip
+
+
 def test_lost_node_of_an_attempt_that_vanished_is_named(tmp_path: Path) -> None:
     events.note(tmp_path, "started", "attempt 0", token=TOKEN, attempt=0, nodes=["n3", "n4"])
     done = execute(tmp_path, mark("finished"), restarts=1)
