@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from launch import cluster
 from launch.layout import Layout, count
-from launch.profiles import Profile, secret_in_url
+from launch.profiles import Profile
 from launch.runs import LaunchError
+from launch.secret_words import secret_in_url
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,7 +69,8 @@ class Node:
     cpus: int
     memory: int
     """MB."""
-    gpus: int
+    gres: str
+    """Generic resources such as "gpu:h100:8(S:0-1),nvme:1"."""
     features: frozenset[str]
 
 
@@ -82,16 +84,30 @@ class Need:
     advice: str
 
 
-def partition(layout: Layout, profile: Profile) -> None:
+def partition(layout: Layout, profile: Profile, lead: int | None = None) -> None:
     """Raises LaunchError where the partition does not exist or would never start such a job, or Slurm does not answer.
 
-    Of several partitions, as in --partition=a,b, one must do. Nodes that are down count: they may come back.
+    Of several partitions, as in --partition=a,b, one must do. Nodes that are down count: they may come back. `lead`:
+    seconds before its time limit at which an attempt is told to stop, for where the limit is the partition's own.
     """
     known = partitions()
-    wanted = chosen_partitions(profile, known)
-    complaints = [next(obstacles(known[name], layout, profile), None) for name in wanted]
-    if all(complaints):
+    named = asked(profile, "partition", "SBATCH_PARTITION")
+    wanted = chosen_partitions(named, known)
+    complaints = [next(obstacles(known[name], layout, profile, lead), None) for name in wanted]
+    if wanted and all(complaints) and (named or not is_routed()):
         raise LaunchError(str(complaints[0]))
+
+
+def asked(profile: Profile, option: str, variable: str) -> Any:
+    """What sbatch is asked for under this option, by the profile or by the shell's variable; None where it is not."""
+    value = getattr(profile, option)
+    return value if value is not None else profile.sbatch.get(option) or os.environ.get(variable) or None
+
+
+def is_routed() -> bool:
+    """Whether this Slurm has plugins that may choose another partition than the default one for a job."""
+    plugins = re.search(r"^JobSubmitPlugins\s*=\s*(\S+)", answer("scontrol", "show", "config"), re.MULTILINE)
+    return plugins is not None and plugins[1] not in ("(null)", "none")
 
 
 def partitions() -> dict[str, dict[str, str]]:
@@ -115,27 +131,30 @@ def answer(*command: str) -> str:
     return done.stdout
 
 
-def chosen_partitions(profile: Profile, known: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """The partitions that sbatch would choose among. Raises LaunchError for one that there is not."""
-    asked = profile.partition or profile.sbatch.get("partition") or os.environ.get("SBATCH_PARTITION")
-    names = str(asked).split(",") if asked else [n for n, fields in known.items() if fields.get("Default") == "YES"]
-    listed = ", ".join(sorted(known)) or "none"
-    if not names:
-        raise LaunchError(f"Slurm has no default partition; choose one with --partition: {listed}")
+def chosen_partitions(named: str | None, known: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The partitions that sbatch would choose among; none where it must know itself, as there is no default.
+
+    Raises LaunchError for one that there is not.
+    """
+    names = str(named).split(",") if named else [n for n, fields in known.items() if fields.get("Default") == "YES"]
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are: {listed}"
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(known)) or 'none'}"
             raise LaunchError(f"partition {name} does not exist in this Slurm; {hint}")
     return names
 
 
-def obstacles(fields: Mapping[str, str], layout: Layout, profile: Profile) -> Iterator[str]:
+def obstacles(fields: Mapping[str, str], layout: Layout, profile: Profile, lead: int | None) -> Iterator[str]:
     """Why the partition with these fields would not run the job, one sentence each."""
     name = fields["PartitionName"]
     yield from refused_by_rules(fields, layout, profile)
+    if lead is not None:
+        yield from too_short(fields, profile, lead)
     nodes = nodes_of(name)
     total, words = len(nodes), []
+    if total < number(fields.get("TotalNodes", "0")):
+        return  # sinfo hides nodes of a cloud that are powered down
     for need in needs(layout, profile, nodes):
         meeting = [node for node in nodes if need.met(node)]
         if len(meeting) < len(nodes):
@@ -150,26 +169,40 @@ def obstacles(fields: Mapping[str, str], layout: Layout, profile: Profile) -> It
 
 
 def refused_by_rules(fields: Mapping[str, str], layout: Layout, profile: Profile) -> Iterator[str]:
-    """What the partition's own settings forbid."""
-    name = fields["PartitionName"]
-    if fields.get("State", "UP") != "UP":
-        yield f"partition {name} is {fields['State']}: it starts no jobs; choose another with --partition, or wait"
-    for key, asked, option in (("AllowAccounts", profile.account, "--account"), ("AllowQos", profile.qos, "--qos")):
-        allowed = fields.get(key, "ALL")
-        if asked and allowed != "ALL" and asked.lower() not in allowed.lower().split(","):
-            yield f"partition {name} does not admit {option} {asked}; it admits {allowed}"
+    """What the partition's own settings forbid. Accounts are left to Slurm: an account's parent may be admitted."""
+    name, qos = fields["PartitionName"], asked(profile, "qos", "SBATCH_QOS")
+    if fields.get("State") in ("DRAIN", "INACTIVE"):  # one that is DOWN takes jobs, and starts them when it is up
+        yield f"partition {name} is {fields['State']}: it takes no jobs; choose another with --partition, or wait"
+    allowed = fields.get("AllowQos", "ALL")
+    if qos and allowed != "ALL" and qos.lower() not in allowed.lower().split(","):
+        yield f"partition {name} does not admit --qos {qos}; it admits {allowed}"
     total = number(fields.get("TotalNodes", "UNLIMITED"))
     if layout.nodes > total:
         yield f"partition {name} has {count(int(total), 'node')}, and {layout.nodes} are wanted; lower --nodes"
-    if profile.qos:
+    if qos or fields.get("QoS", "N/A") != "N/A":
         return  # a QOS may have been given the right to exceed the rest (PartitionMaxNodes, PartitionTimeLimit)
-    most, longest = number(fields.get("MaxNodes", "UNLIMITED")), fields.get("MaxTime", "UNLIMITED")
+    least, most = number(fields.get("MinNodes", "0")), number(fields.get("MaxNodes", "UNLIMITED"))
     if layout.nodes > most:
         yield f"partition {name} gives a job at most {count(int(most), 'node')}, not {layout.nodes}; lower --nodes"
-    if profile.time is not None and seconds(profile.time) > seconds(longest):
+    if layout.nodes < least:
+        yield f"partition {name} gives a job at least {count(int(least), 'node')}, not {layout.nodes}; raise --nodes"
+    time, longest = asked(profile, "time", "SBATCH_TIMELIMIT"), fields.get("MaxTime", "UNLIMITED")
+    if time is not None and seconds(time) > seconds(longest):
         yield (
-            f"partition {name} allows at most {longest}, and the time limit asked for is {profile.time}; lower --time: "
+            f"partition {name} allows at most {longest}, and the time limit asked for is {time}; lower --time: "
             "the run goes on by itself after it"
+        )
+
+
+def too_short(fields: Mapping[str, str], profile: Profile, lead: int) -> Iterator[str]:
+    """Whether the limit that the partition sets where no --time is given leaves an attempt any time before the lead."""
+    limit = fields.get("DefaultTime", "NONE")
+    if limit == "NONE":
+        limit = fields.get("MaxTime", "UNLIMITED")
+    if asked(profile, "time", "SBATCH_TIMELIMIT") is None and seconds(limit) <= lead + MARGIN:
+        yield (
+            f"partition {fields['PartitionName']} gives a job {limit} where no --time is asked for, and it would be "
+            f"told to stop {lead} s before its end, as soon as it starts; ask for more than {lead + MARGIN} s by --time"
         )
 
 
@@ -185,7 +218,7 @@ def nodes_of(partition: str) -> list[Node]:
     for row in rows:
         name, cpus, memory, gres, features = row.split("|")
         listed = frozenset() if features == "(null)" else frozenset(features.split(","))
-        found.append(Node(name.strip(), leading_number(cpus), leading_number(memory), gpus_in(gres), listed))
+        found.append(Node(name.strip(), leading_number(cpus), leading_number(memory), gres, listed))
     return found
 
 
@@ -195,12 +228,12 @@ def leading_number(text: str) -> int:
     return int(digits[1]) if digits else 0
 
 
-def gpus_in(gres: str) -> int:
-    """GPUs in a list of generic resources such as "gpu:h100:8(S:0-1),nvme:1"."""
+def gpus_in(gres: str, model: str | None = None) -> int:
+    """GPUs, of this model where one is given, in a list of generic resources such as "gpu:h100:8(S:0-1),nvme:1"."""
     total = 0
     for entry in re.sub(r"\([^)]*\)", "", gres).split(","):
         kind, *rest = entry.strip().split(":")
-        if kind == "gpu":
+        if kind == "gpu" and (model is None or model.lower() in (word.lower() for word in rest[:1])):
             total += int(rest[-1]) if rest and rest[-1].isdigit() else 1
     return total
 
@@ -213,10 +246,11 @@ def needs(layout: Layout, profile: Profile, nodes: list[Node]) -> Iterator[Need]
             lambda node: node.name not in excluded, "are not excluded", f"--exclude {profile.exclude} leaves too few"
         )
     if layout.use_gpus:
-        gpus, most = layout.processes_per_node, max((node.gpus for node in nodes), default=0)
+        gpus, model = layout.processes_per_node, profile.gpu_type
+        most = max((gpus_in(node.gres, model) for node in nodes), default=0)
         yield Need(
-            lambda node: node.gpus >= gpus,
-            f"have {count(gpus, 'GPU')} or more",
+            lambda node: gpus_in(node.gres, model) >= gpus,
+            f"have {count(gpus, f'{model} GPU' if model else 'GPU')} or more",
             f"lower --gpus-per-node (the most that one of its nodes has is {most})",
         )
     each, most_cpus = profile.cpus_per_task or 1, max((node.cpus for node in nodes), default=0)
@@ -311,16 +345,16 @@ def measured_saves(metrics: Path) -> Iterator[float]:
 
 
 def no_secrets(config: Config) -> None:
-    """Raises LaunchError where a URL in the configuration carries a password or a signature."""
+    """Raises LaunchError where a URL in the configuration carries a password, a token or a signature."""
     from data_pipeline.shards.storage import without_secrets
     from dgt.training.run_folder import plain
 
     for key, value in texts(plain(config)):
         if secret_in_url(value):
             raise LaunchError(
-                f"{key}: {without_secrets(value)} is given with a password or a signature, and the configuration is "
-                "printed and stored in the run's folder; keep credentials in the environment, ~/.netrc or "
-                "~/.aws/credentials"
+                f"{key}: {without_secrets(value)} is given with a password, a token or a signature, and the "
+                "configuration is printed and stored in the run's folder; keep credentials in the environment, "
+                "~/.netrc or ~/.aws/credentials"
             )
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import socket
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 from data_pipeline.config_file import check_keys, validated
 from launch.cluster import ask
 from launch.runs import LaunchError
+from launch.secret_words import is_secret, secret_in_line, secret_in_url, token_in
 
 PROFILES = Path(__file__).resolve().parents[1] / "slurm" / "profiles"
 DEFAULT = "generic"
@@ -24,20 +27,15 @@ DEFAULT = "generic"
 LONGEST_LEAD = 65535
 """Seconds; the most that sbatch's --signal takes."""
 
-SECRET_NAME = re.compile(
-    r"(SECRET|PASSWORD|PASSWD|TOKENS?(?![A-Z])|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY)(?!.*_(FILE|PATH|DIR)$)",
-    re.I,
-)
-"""Finds names of variables that hold secrets; the path of a file with one is none, TOKENIZERS_PARALLELISM neither."""
-
-ASSIGNMENT = re.compile(r"(\w+)=[\"']?(?=[^\s\"'$`,])")
-"""NAME=VALUE in a line of shell, where the value is written out rather than taken from a variable or a command."""
+DETECT_SECONDS = 5
+"""How long Slurm may take to say its name; everybody who submits waits for it."""
 
 THE_LAUNCHERS = (
-    "array", "chdir", "comment", "dependency", "error", "job_name", "nodes", "no_requeue", "ntasks_per_node",
-    "open_mode", "output", "requeue", "signal",
+    "array", "chdir", "clusters", "comment", "dependency", "error", "export", "export_file", "gpus_per_node",
+    "job_name", "nodes", "no_requeue", "ntasks", "ntasks_per_node", "open_mode", "output", "parsable", "quiet",
+    "requeue", "signal", "test_only", "wait", "wrap",
 )  # fmt: skip
-"""Options of sbatch on which coming back from interruptions depends."""
+"""Options of sbatch on which submitting, and coming back from interruptions, depends."""
 
 KEEP_SECRETS = (
     "a profile is printed by --dry-run and stored in the run's folder. Export the variable in the shell before "
@@ -51,13 +49,13 @@ class Health:
 
     enabled: bool = True
     clock_skew: float = 5.0
-    """Seconds by which a node's clock may differ from the first node's."""
+    """Seconds by which a node's clock may differ from that of the job's first node, as far as that can be told."""
     matmul_tflops: float | None = None
     """Least that each GPU must reach in a bfloat16 matrix product, 10^12 operations/s; None measures nothing."""
     allreduce_gb_s: float | None = None
     """Least bus bandwidth of an all-reduce over all GPUs of the job, 10^9 bytes/s; None measures nothing."""
     timeout: int = 120
-    """Seconds for the whole check."""
+    """Seconds for the whole check, in all of its nodes, with its measurements."""
 
     def __post_init__(self) -> None:
         _positive(self, "clock_skew", "matmul_tflops", "allreduce_gb_s", "timeout")
@@ -93,6 +91,8 @@ class Profile:
 
     gpus_per_node: int = 8
     """GPUs of a node that a run uses, one process each."""
+    gpu_type: str | None = None
+    """Which of the cluster's kinds of GPU, by Slurm's name for it."""
     gpu_memory_gb: float | None = None
     """Memory of one GPU, 10^9 bytes; a run that is estimated to need more is refused."""
     partition: str | None = None
@@ -154,6 +154,8 @@ class Profile:
                 raise ValueError(
                     f"scratch: expected an absolute path and the GB that must be free, got {path}: {free:g}"
                 )
+        if self.gpu_type and not re.fullmatch(r"[\w.-]+", self.gpu_type):
+            raise ValueError(f"gpu_type: expected a name such as h100, got {self.gpu_type!r}")
         _check_container(self)
         _check_sbatch(self)
         _check_secrets(self)
@@ -181,10 +183,10 @@ def _check_sbatch(profile: Profile) -> None:
     ours = {f.name for f in dataclasses.fields(profile) if f.default is None}
     for option, value in profile.sbatch.items():
         name = option.replace("-", "_")
+        if name == "gpus_per_node":
+            raise ValueError(f"sbatch: {option} is made of gpus_per_node and gpu_type; set those")
         if name in THE_LAUNCHERS:
-            raise ValueError(
-                f"sbatch: {option} is set by the launcher, which needs it to come back after interruptions"
-            )
+            raise ValueError(f"sbatch: {option} is set by the launcher, which depends on it; leave it out")
         if name in ours and getattr(profile, name) is not None:
             raise ValueError(f"sbatch: {option} is given twice, here and as {name}; leave it out here")
         if value is False or not isinstance(value, (str, int, float)):
@@ -195,65 +197,59 @@ def _check_secrets(profile: Profile) -> None:
     for name, value in profile.environment.items():
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise ValueError(f"environment: {name!r} is no name of a variable")
-        if SECRET_NAME.search(name):
+        if is_secret(name, value) or token_in(value):
             raise ValueError(f"environment: {name} looks like a secret, and {KEEP_SECRETS}")
         if secret_in_url(value):
             raise ValueError(f"environment: {name} carries a password in a URL, and {KEEP_SECRETS}")
-    options = [f"{name}={value}" for name, value in profile.sbatch.items()]
-    lines = {
-        "setup": profile.setup, "srun": profile.srun, "sbatch": options,
-        "container_command": [profile.container_command or ""], "container": [profile.container or ""],
-    }  # fmt: skip
-    for key, texts in lines.items():
-        for text in texts:
-            for name in ASSIGNMENT.findall(text):
-                if SECRET_NAME.search(name):
-                    raise ValueError(f"{key}: {name} looks like a secret, and {KEEP_SECRETS}")
-            if secret_in_url(text):
-                raise ValueError(f"{key}: there is a password in a URL, and {KEEP_SECRETS}")
+    for key, text in _lines(profile):
+        if secret_in_url(text):
+            raise ValueError(f"{key}: there is a password in a URL, and {KEEP_SECRETS}")
+        found = secret_in_line(text)
+        if found:
+            raise ValueError(f"{key}: {found} looks like a secret, and {KEEP_SECRETS}")
 
 
-def secret_in_url(text: str) -> bool:
-    """Whether a URL in this text carries a password, or a query with what looks like a secret or a signature."""
-    if re.search(r"://[^/\s@]*:[^/\s]+@", text):
-        return True
-    queries = re.findall(r"://[^\s?]*\?(\S*)", text)
-    names = [pair.partition("=")[0] for query in queries for pair in re.split(r"[&;?]", query)]
-    return any(SECRET_NAME.search(name) or re.fullmatch(r"(x-\w+-)?sig(nature)?", name, re.I) for name in names)
+def _lines(profile: Profile) -> Iterator[tuple[str, str]]:
+    for key, texts in (("setup", profile.setup), ("srun", profile.srun)):
+        yield from ((key, text) for text in texts)
+    yield from (("sbatch", f"{name}={value}") for name, value in profile.sbatch.items())
+    yield "container", profile.container or ""
+    yield "container_command", profile.container_command or ""
 
 
-def load(name: str | None, overrides: Mapping[str, Any]) -> Profile:
+def load(name: str | None, overrides: Mapping[str, Any], ask_slurm: bool = True) -> Profile:
     """The profile called `name` in slurm/profiles, or at the path `name`, with the `overrides` that are not None.
 
     Without a name it is the one that is `detected`, else the generic one, or what `Profile` says where the program was
     installed without that folder. Raises LaunchError for an unknown profile, ConfigError for what is wrong in it.
     """
-    path = find(name)
+    path = find(name, ask_slurm)
     values = read(path) if path else {}
     given = {key: value for key, value in overrides.items() if value is not None}
     source = f"profile {path}" if path else "profile"
     return validated(Profile, values | given, f"{source} with the command line's options" if given else source)
 
 
-def find(name: str | None) -> Path | None:
+def find(name: str | None, ask_slurm: bool = True) -> Path | None:
     """The file of the profile that `load` would take; None where there are no profiles and none was named."""
     if name is None:
         generic = PROFILES / f"{DEFAULT}.yaml"
-        return detected() or (generic if generic.exists() else None)
+        return detected(ask_slurm) or (generic if generic.exists() else None)
     return Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
 
 
-def detected() -> Path | None:
+def detected(ask_slurm: bool = True) -> Path | None:
     """The file whose `detect` fits this machine and its Slurm; None where none does.
 
-    Slurm is asked for its name only if a profile wants to know it. Raises LaunchError naming two that fit.
+    Slurm is asked for its name only if a profile wants to know it, and not without `ask_slurm`: then only profiles fit
+    that do not. Raises LaunchError naming two that fit.
     """
     wishes = {}
     for path in sorted(PROFILES.glob("*.yaml")):
         values = read(path)
         if "detect" in values:
             wishes[path] = validated(Detect, values["detect"], f"profile {path}: detect")
-    cluster = cluster_name() if any(wish.cluster for wish in wishes.values()) else None
+    cluster = cluster_name() if ask_slurm and any(wish.cluster for wish in wishes.values()) else None
     fitting = [path for path, wish in wishes.items() if wish.fits(cluster, socket.gethostname())]
     if len(fitting) > 1:
         names = " and ".join(path.stem for path in fitting)
@@ -262,9 +258,13 @@ def detected() -> Path | None:
 
 
 def cluster_name() -> str | None:
-    """Slurm's ClusterName; None where there is no Slurm or it does not answer."""
-    answer = ask("scontrol", "show", "config")
+    """Slurm's ClusterName; None where there is no Slurm, or where it does not answer, which is said."""
+    if shutil.which("scontrol") is None:
+        return None
+    answer = ask("scontrol", "show", "config", timeout=DETECT_SECONDS)
     found = re.search(r"^ClusterName\s*=\s*(\S+)", answer.stdout if answer else "", re.MULTILINE)
+    if found is None:
+        print("Slurm does not say its name, so no profile is chosen by it; --profile names one", file=sys.stderr)
     return found[1] if found else None
 
 

@@ -18,16 +18,21 @@ from launch.runs import LaunchError
 
 SCONTROL = """#!/bin/sh
 case "$*" in
-"show partition --all --oneliner") cat <<'END'
-PartitionName=gpu AllowAccounts=vision,nlp AllowQos=ALL Default=YES MaxNodes=3 MaxTime=1-00:00:00 State=UP TotalNodes=4
-PartitionName=long AllowAccounts=ALL AllowQos=day Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED State=UP TotalNodes=2
-PartitionName=old Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED State=DRAIN TotalNodes=2
-END
-;;
+"show partition --all --oneliner") cat {folder}/partitions ;;
 "show hostnames a[1-2]") echo a1; echo a2 ;;
+"show config") echo "JobSubmitPlugins        = $(cat {folder}/plugins)" ;;
 *) echo "not expected: $*" >&2; exit 1 ;;
 esac
 """
+PARTITIONS = """\
+PartitionName=gpu AllowAccounts=vision AllowQos=ALL DefaultTime=00:03:20 Default=YES QoS=N/A MaxNodes=3 MaxTime=1-00:00:00 MinNodes=0 State=UP TotalNodes=4
+PartitionName=long AllowAccounts=ALL AllowQos=day DefaultTime=NONE Default=NO QoS=N/A MaxNodes=UNLIMITED MaxTime=UNLIMITED MinNodes=2 State=UP TotalNodes=2
+PartitionName=old Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED State=DRAIN TotalNodes=2
+PartitionName=off Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED State=INACTIVE TotalNodes=2
+PartitionName=down Default=NO MaxNodes=UNLIMITED MaxTime=00:03:00 DefaultTime=NONE State=DOWN TotalNodes=2
+PartitionName=ruled AllowQos=ALL Default=NO QoS=big MaxNodes=1 MaxTime=00:10:00 MinNodes=2 State=UP TotalNodes=2
+PartitionName=cloud AllowQos=ALL Default=NO QoS=N/A MaxNodes=UNLIMITED MaxTime=UNLIMITED State=UP TotalNodes=9
+"""  # noqa: E501 - as Slurm prints it
 SINFO = """#!/bin/sh
 case "$*" in
 "-h -N -p gpu -o %N|%c|%m|%G|%f") cat <<'END'
@@ -38,6 +43,7 @@ a4|32|250000|(null)|(null)
 END
 ;;
 "-h -N -p long -o %N|%c|%m|%G|%f") echo "b1|8|1000|gpu:2|(null)"; echo "b2|8|1000|gpu|(null)" ;;
+*-p*cloud*|*-p*down*|*-p*ruled*) echo "c1|8|1000|gpu:8|(null)"; [ "$4" = cloud ] || echo "c2|8|1000|gpu:8|(null)" ;;
 esac
 """
 
@@ -47,11 +53,14 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with scontrol and sinfo of a cluster of our own making, in front of the PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name, text in (("scontrol", SCONTROL), ("sinfo", SINFO)):
+    for name, text in (("scontrol", SCONTROL.replace("{folder}", str(folder))), ("sinfo", SINFO)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
+    (folder / "partitions").write_text(PARTITIONS)
+    (folder / "plugins").write_text("(null)")
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.delenv("SBATCH_PARTITION", raising=False)
+    for name in ("SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_TIMELIMIT"):
+        monkeypatch.delenv(name, raising=False)
     return folder
 
 
@@ -92,6 +101,13 @@ def test_gpus_are_counted_in_each_notation_of_gres(gres: str, gpus: int) -> None
     assert limits.gpus_in(gres) == gpus
 
 
+def test_gpus_of_one_type_are_counted_alone() -> None:
+    assert [limits.gpus_in("gpu:a100:2(S:0,1),gpu:V100:4(S:1),gpu:3", model) for model in ("a100", "v100", "3")] == [
+        2, 4, 3
+    ]  # fmt: skip
+    assert limits.gpus_in("gpu:8", "h100") == 0
+
+
 def gpus(nodes: int, per_node: int) -> Layout:
     """A layout in Slurm."""
     return Layout("slurm", nodes, per_node, use_gpus=True)
@@ -102,13 +118,20 @@ def gpus(nodes: int, per_node: int) -> Layout:
     ("layout", "profile"),
     [
         (gpus(2, 8), Profile()),
-        (gpus(3, 4), Profile(time="1-00:00:00", cpus_per_task=16, mem="500000M", account="Vision")),
-        (Layout("slurm", 2, 32, use_gpus=False), Profile(exclude="a[1-2]", account="nlp")),
+        (gpus(3, 4), Profile(time="1-00:00:00", cpus_per_task=16, mem="500000M")),
+        (Layout("slurm", 2, 32, use_gpus=False), Profile(exclude="a[1-2]", account="vision/below")),
         (gpus(2, 1), Profile(partition="old,long")),
+        (gpus(1, 8), Profile(partition="down")),
+        (gpus(2, 8), Profile(partition="ruled", time="1:00:00")),
+        (gpus(1, 8), Profile(partition="ruled")),
+        (gpus(9, 64), Profile(partition="cloud", mem="1T")),
+        (gpus(2, 8), Profile(gpu_type="H100")),
+        (Layout("slurm", 4, 1, False), Profile(sbatch={"qos": "big"})),
         (gpus(1, 4), Profile(exclude="a[1-2]", constraint="a100&ib", mem="900G")),
         (gpus(3, 4), Profile(constraint="h100|a100")),
         (gpus(2, 8), Profile(constraint="[h100*2&a100*1]", exclude="/home/me/bad_nodes")),
         (gpus(1, 2), Profile(partition="long", time="UNLIMITED", qos="day", mem=0)),
+        (gpus(2, 1), Profile(partition="long", time="UNLIMITED")),
         (gpus(1, 2), Profile(partition="gpu", time="UNLIMITED", qos="any")),
     ],
 )
@@ -121,9 +144,15 @@ def test_request_that_fits_passes(layout: Layout, profile: Profile) -> None:
     ("layout", "profile", "sentence"),
     [
         (gpus(1, 1), Profile(partition="gpus"), r"partition gpus does not exist in this Slurm; did you mean gpu\?"),
-        (gpus(1, 1), Profile(partition="x"), "partition x does not exist in this Slurm; there are: gpu, long, old"),
-        (gpus(1, 1), Profile(partition="old"), "partition old is DRAIN"),
-        (gpus(1, 1), Profile(account="other"), "partition gpu does not admit --account other; it admits vision,nlp"),
+        (gpus(1, 1), Profile(partition="x"), "does not exist in this Slurm; there are: cloud, down, gpu, long, off"),
+        (gpus(1, 1), Profile(partition="old"), "partition old is DRAIN: it takes no jobs"),
+        (gpus(1, 1), Profile(partition="off"), "partition off is INACTIVE: it takes no jobs"),
+        (gpus(1, 1), Profile(partition="long"), "partition long gives a job at least 2 nodes, not 1; raise --nodes"),
+        (gpus(10, 1), Profile(partition="cloud"), "partition cloud has 9 nodes, and 10 are wanted"),
+        (gpus(1, 8), Profile(gpu_type="a100"), "nodes that have 8 a100 GPUs or more: 0 of 4, .* has is 4"),
+        (gpus(1, 1), Profile(sbatch={"time": "2-00:00:00"}), "the time limit asked for is 2-00:00:00; lower --time"),
+        (gpus(1, 1), Profile(sbatch={"partition": "old"}), "partition old is DRAIN"),
+        (gpus(1, 1), Profile(partition="long", sbatch={"qos": "x"}), "partition long does not admit --qos x"),
         (gpus(1, 1), Profile(partition="long", qos="x"), "partition long does not admit --qos x; it admits day"),
         (gpus(5, 1), Profile(), "partition gpu has 4 nodes, and 5 are wanted"),
         (gpus(4, 1), Profile(), "partition gpu gives a job at most 3 nodes, not 4"),
@@ -166,12 +195,41 @@ def test_partition_of_the_shell_is_taken_where_the_profile_names_none(monkeypatc
     limits.partition(gpus(1, 1), Profile(partition="gpu"))
 
 
+@pytest.mark.usefixtures("answers")
+def test_qos_and_time_of_the_shell_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "2-00:00:00")
+    with pytest.raises(LaunchError, match="the time limit asked for is 2-00:00:00"):
+        limits.partition(gpus(1, 1), Profile(), 120)
+    monkeypatch.setenv("SBATCH_QOS", "big")
+    limits.partition(gpus(1, 1), Profile(), 120)
+
+
+def test_partition_that_nobody_named_may_be_another_one_in_the_end(answers: Path) -> None:
+    for plugins in ("lua", "require_timelimit,lua"):
+        (answers / "plugins").write_text(plugins)
+        limits.partition(gpus(5, 1), Profile())
+        with pytest.raises(LaunchError, match="partition gpu has 4 nodes"):
+            limits.partition(gpus(5, 1), Profile(partition="gpu"))
+    (answers / "partitions").write_text(PARTITIONS.replace("Default=YES", "Default=NO"))
+    limits.partition(gpus(5, 1), Profile())
+
+
+@pytest.mark.usefixtures("answers")
+def test_limit_that_a_partition_sets_by_itself_must_leave_time_to_train() -> None:
+    limits.partition(gpus(1, 1), Profile(), lead=139)
+    limits.partition(gpus(1, 1), Profile(time="5:00"), lead=140)
+    limits.partition(gpus(2, 1), Profile(partition="long"), lead=10**6)
+    with pytest.raises(
+        LaunchError, match=r"gpu gives a job 00:03:20 where no --time is asked for, .* stop 140 s before"
+    ):
+        limits.partition(gpus(1, 1), Profile(), lead=140)
+    with pytest.raises(LaunchError, match=r"partition down gives a job 00:03:00 .* ask for more than 200 s by --time"):
+        limits.partition(gpus(1, 1), Profile(partition="down"), lead=140)
+
+
 def test_slurm_that_does_not_answer_is_named(answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (answers / "sinfo").write_text("#!/bin/sh\necho 'slurm_load_node: Unable to\n contact' >&2; exit 1\n")
     with pytest.raises(LaunchError, match=r"Slurm does not answer `sinfo .*: slurm_load_node: Unable to contact; try"):
-        limits.partition(gpus(1, 1), Profile())
-    (answers / "scontrol").write_text("#!/bin/sh\nexit 0\n")
-    with pytest.raises(LaunchError, match="Slurm has no default partition; choose one with --partition: none"):
         limits.partition(gpus(1, 1), Profile())
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(LaunchError, match=r"`scontrol show partition .*is not installed here"):
@@ -234,9 +292,11 @@ def test_run_that_needs_more_than_its_gpu_has_is_refused(config: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "shown"),
     [
-        ("data.path=https://me:pass@host/set", "data.path: https://host/set is given with a password"),
+        ("data.path=https://me:pass@host/set", "data.path: https://host/set is given with a password, a token or"),
         ("data.path=s3://KEY:pass@bucket/set", "data.path: s3://bucket/set is given"),
         ("data.path=https://host/set?sv=1&sig=pass", "data.path: https://host/set is given"),
+        ("data.path=https://hf_pass@host/set", "data.path: https://host/set is given"),
+        ("data.path=https://host/set?token=pass", "data.path: https://host/set is given"),
         ("data.path=https://host/set?X-Amz-Signature=pass", "data.path: https://host/set is given"),
         ("model.checkpoint_path=https://me:pass@host/w", "model.checkpoint_path: https://host/w is given"),
     ],
@@ -248,7 +308,9 @@ def test_password_in_the_configuration_is_refused_without_showing_it(override: s
     assert "pass" not in str(caught.value).replace("password", "")
 
 
-@pytest.mark.parametrize("path", ["https://host:8080/a@b", "s3://bucket/set?versionId=1", "/data/a:b@c"])
+@pytest.mark.parametrize(
+    "path", ["https://host:8080/a@b", "s3://bucket/set?versionId=1", "/data/a:b@c", "https://me@host/a?tokens=5"]
+)
 def test_ordinary_address_is_no_secret(path: str, config: Path) -> None:
     limits.no_secrets(load(config, [f"data.path={path}"]))
 
