@@ -141,37 +141,42 @@ def note_new_attempt(attempt: Attempt) -> None:
 
 
 def note_vanished(attempt: Attempt) -> None:
-    """Where the last attempt had no chance to say how it ended, notes what can be known of it now."""
-    story = [event for event in events.read(attempt.run) if event.get("token") == attempt.token]
-    started = [event for event in story if event["event"] == "started"]
-    if not started or any(event["event"] == "stopped" for event in story[story.index(started[-1]) :]):
+    """Where the last attempt had no chance to say how it ended, notes what can be known of it now.
+
+    It can be one of an earlier submission, for a job that is cancelled does not come back to note it.
+    """
+    story = events.read(attempt.run)
+    started = [event for event in story if event["event"] == "started" and "job" in event]
+    ends = ("stopped", "finished", "cancelled")
+    if not started or any(event["event"] in ends for event in story[story.index(started[-1]) :]):
         return
     last = started[-1]
-    nodes = tuple(last.get("nodes", ()))
-    states = cluster.node_states(attempt.partition)
-    said = said_in_attempt(replace(attempt, number=last["attempt"], nodes=nodes))
-    # a node may be back in service by now, and a batch host's script heard nothing
-    lost = verdict.lost_node_of(said) or ",".join(node for node in nodes if cluster.is_lost(states.get(node, "")))
-    asked = runs.read_json(Path(f"{attempt.run}/jobs/{attempt.token}.{last['attempt']}.stopping"))
-    preempted = verdict.was_preempted(said)  # Slurm itself has forgotten
-    if lost:
-        reason, text = "node failure", f"node {lost} failed"
-    elif asked:
-        reason = "preempted" if preempted or asked.get("preempted") else "signal"
-        text = f"ended while it saved, after {asked['signal']}; its time was too short for a save"
-    elif preempted:
-        reason, text = "preempted", "preempted, with no time to save"
-    else:
-        reason, text = "unknown", "ended at once: preempted without grace, or killed, or its node failed"
-    newest = runs.newest_checkpoint(attempt.run)
-    tell(
-        attempt,
-        "stopped",
-        f"{text}; {going_on(newest)}",
-        reason=reason,
-        attempt=last["attempt"],
-        step=runs.step_of(newest),
+    before = replace(
+        attempt, token=last["token"], job=last["job"], number=last["attempt"], nodes=tuple(last.get("nodes", ()))
     )
+    reason, text = why_vanished(before)
+    newest = runs.newest_checkpoint(attempt.run)
+    tell(before, "stopped", f"{text}; {going_on(newest)}", reason=reason, step=runs.step_of(newest))
+
+
+def why_vanished(before: Attempt) -> tuple[str, str]:
+    """Reason and text for an attempt that has left none, by what Slurm wrote into its log and what Slurm knows."""
+    states = cluster.node_states(before.partition)
+    said = said_in_attempt(before)
+    # a node may be back in service by now, and a batch host's script heard nothing
+    lost = verdict.lost_node_of(said) or ",".join(n for n in before.nodes if cluster.is_lost(states.get(n, "")))
+    asked = runs.read_json(f"{before.prefix}.stopping")
+    preempted = verdict.was_preempted(said)  # Slurm itself has forgotten
+    if verdict.was_cancelled(said):
+        return "cancelled", "cancelled, with no time to save"
+    if lost:
+        return "node failure", f"node {lost} failed"
+    if asked:
+        reason = "preempted" if preempted or asked.get("preempted") else "signal"
+        return reason, f"ended while it saved, after {asked['signal']}; its time was too short for a save"
+    if preempted:
+        return "preempted", "preempted, with no time to save"
+    return "unknown", "ended at once: preempted without grace, or killed, or its node failed"
 
 
 def judge_nodes(attempt: Attempt) -> int:

@@ -149,6 +149,7 @@ def word_of_slurm(fields: Mapping[str, str], attempt: int, near_end: bool) -> Sc
 DEATH = re.compile(r"^srun: error: (?P<node>[^\s:,\[]+): tasks? [\d,-]+: (?P<how>.+)$", re.MULTILINE)
 LOST = re.compile(r"^srun: error: Node failure on (?P<node>\S+)$", re.MULTILINE)
 PREEMPTED = re.compile(r"^slurmstepd\S*: error: \*\*\* JOB .* DUE TO PREEMPTION \*\*\*$", re.MULTILINE)
+CANCELLED = re.compile(r"^slurmstepd\S*: error: \*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ \*\*\*$", re.MULTILINE)
 
 
 def culprit_of(said: str) -> str | None:
@@ -172,3 +173,8 @@ def lost_node_of(said: str) -> str | None:
 def was_preempted(said: str) -> bool:
     """Whether Slurm has ended the job's batch script in order to preempt the job, by what it wrote into its log."""
     return PREEMPTED.search(said) is not None
+
+
+def was_cancelled(said: str) -> bool:
+    """Whether somebody has cancelled the job, by the same."""
+    return CANCELLED.search(said) is not None

@@ -436,7 +436,7 @@ def test_refused_requeue_is_said_and_fails(tmp_path: Path) -> None:
 
 
 def test_attempt_that_vanished_is_noted_by_the_next_one(tmp_path: Path) -> None:
-    events.note(tmp_path, "started", "attempt 0", token=TOKEN, attempt=0, nodes=["n1", "n2"])
+    events.note(tmp_path, "started", "attempt 0", job="7", token=TOKEN, attempt=0, nodes=["n1", "n2"])
     done = execute(tmp_path, mark("finished"), restarts=1)
     assert [(e["event"], e["attempt"]) for e in done.story[1:]] == [("stopped", 0), ("started", 1), ("finished", 1)]
     assert "preempted without grace, or killed, or its node failed" in done.story[1]["text"]
@@ -447,15 +447,33 @@ def test_attempt_that_was_preempted_without_grace_is_told_by_what_slurm_wrote_in
     end = "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-02T00:30:00 DUE TO PREEMPTION ***\n"
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "batch.log").write_text(title + end)
-    events.note(tmp_path, "started", "attempt 0", token=TOKEN, attempt=0, nodes=["n1", "n2"])
+    events.note(tmp_path, "started", "attempt 0", job="7", token=TOKEN, attempt=0, nodes=["n1", "n2"])
     done = execute(tmp_path, mark("finished"), restarts=1)
     assert (done.story[1]["reason"], done.story[1]["text"]) == (
         "preempted", "preempted, with no time to save; there is no checkpoint yet",
     )  # fmt: skip
 
 
+def test_job_that_was_cancelled_before_it_could_say_so_is_noted_by_the_next_submission(tmp_path: Path) -> None:
+    title = "== attempt 2 of job 6 on n1,n2 ==\n"
+    end = "slurmstepd-n1: error: *** JOB 6 ON n1 CANCELLED AT 2026-01-01T00:30:00 ***\n"
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "batch.log").write_text(title + end)
+    before = {"token": "slurm-20260101-000000-ffff", "job": "6", "attempt": 2}
+    events.note(tmp_path, "started", "attempt 2", nodes=["n1", "n2"], **before)
+    events.note(tmp_path, "submitted", "again", job="7", token=TOKEN)
+    done = execute(tmp_path, mark("finished"))
+    assert [e["event"] for e in done.story[1:]] == ["submitted", "stopped", "started", "finished"]
+    noted = done.story[2]
+    assert {name: noted[name] for name in before} == before
+    assert (noted["reason"], noted["text"]) == (
+        "cancelled", "cancelled, with no time to save; there is no checkpoint yet",
+    )  # fmt: skip
+    assert len(execute(tmp_path, mark("finished"), restarts=1).story) == len(done.story), "it was noted twice"
+
+
 def test_lost_node_of_an_attempt_that_vanished_is_named(tmp_path: Path) -> None:
-    events.note(tmp_path, "started", "attempt 0", token=TOKEN, attempt=0, nodes=["n3", "n4"])
+    events.note(tmp_path, "started", "attempt 0", job="7", token=TOKEN, attempt=0, nodes=["n3", "n4"])
     done = execute(tmp_path, mark("finished"), restarts=1)
     assert (done.story[1]["reason"], done.story[1]["text"]) == (
         "node failure", "node n4 failed; there is no checkpoint yet",
@@ -463,7 +481,7 @@ def test_lost_node_of_an_attempt_that_vanished_is_named(tmp_path: Path) -> None:
 
 
 def test_save_that_was_cut_off_is_noted_by_the_next_attempt(tmp_path: Path) -> None:
-    events.note(tmp_path, "started", "attempt 0", token=TOKEN, attempt=0, nodes=["n1", "n2"])
+    events.note(tmp_path, "started", "attempt 0", job="7", token=TOKEN, attempt=0, nodes=["n1", "n2"])
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / f"{TOKEN}.0.stopping").write_text('{"signal": "SIGTERM", "preempted": true}')
     done = execute(tmp_path, mark("finished"), restarts=1)
