@@ -85,6 +85,13 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local_slurm.Loca
         pytest.skip(str(error))
 
 
+@pytest.fixture
+def empty_queue(slurm: local_slurm.LocalSlurm) -> Iterator[None]:
+    """Takes the jobs of a test that has failed out of the next one's way."""
+    yield
+    local_slurm.clear(slurm)
+
+
 @pytest.fixture(scope="session")
 def undisturbed(slurm: local_slurm.LocalSlurm, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the run of tests/launch/slurm_runs.py comes to where nobody disturbs it, on the same cluster."""

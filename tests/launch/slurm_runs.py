@@ -191,9 +191,13 @@ class Run:
 
 
 def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    """Waits for a program."""
+    """Waits for a program; kills one that does not end."""
     with process:
-        output, errors = process.communicate(timeout=PATIENCE)
+        try:
+            output, errors = process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
