@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 from launch.runs import LaunchError
 
@@ -189,14 +190,19 @@ def free_ports(number: int) -> list[int]:
     return ports
 
 
+def interrupt(_number: int, _frame: FrameType | None) -> None:
+    """SIGTERM as Ctrl-C, so that no daemon is left behind."""
+    raise KeyboardInterrupt
+
+
 def main() -> int:
-    """Runs the cluster until Ctrl-C."""
+    """Runs the cluster until Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, interrupt)
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         try:
             with running(Path(folder)):
-                print(
-                    f"four nodes are up; in another shell:\n  export SLURM_CONF={folder}/slurm.conf\nCtrl-C stops them"
-                )
+                print(f"four nodes are up; in another shell:\n  export SLURM_CONF={folder}/slurm.conf")
+                print("Ctrl-C stops them", flush=True)
                 signal.pause()
         except LaunchError as error:
             print(f"local_slurm: {error}", file=sys.stderr)

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from dgt.training import sample_log
@@ -50,7 +49,7 @@ PATIENCE_SECONDS, POLL_SECONDS = 300, 0.1
 def main() -> int:
     """Runs the demo; returns 0 where the run was disturbed twice, finished by itself, and lost nothing."""
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, local_slurm.interrupt)
     try:
         with (
             runs.locked(GUARD),
@@ -62,11 +61,6 @@ def main() -> int:
     except LaunchError as error:
         print(f"slurm-demo: {error}", file=sys.stderr)
         return 2
-
-
-def interrupt(_number: int, _frame: FrameType | None) -> None:
-    """SIGTERM stops the demo as Ctrl-C does, so that no cluster is left behind."""
-    raise KeyboardInterrupt
 
 
 def demonstrate(cluster: LocalSlurm) -> bool:
