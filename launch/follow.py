@@ -5,16 +5,20 @@ from __future__ import annotations
 import codecs
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
-from launch import status
+from launch import events, status
 from launch.runs import LaunchError
+from launch.status import RunStatus
 
 POLL_SECONDS = 0.5
 """How often a followed log is looked at."""
 ASK_SECONDS = 10.0
-"""How often Slurm is asked whether the run goes on; a change in the run's events is a reason to ask at once."""
+"""How often Slurm is asked whether a run goes on; a change in its events is a reason to ask at once."""
+LEAVING_SECONDS = 2.0
+"""The same while a job is leaving."""
 BLOCK_BYTES = 1 << 16
 
 
@@ -37,62 +41,107 @@ def check_exists(log: Path) -> None:
     )
 
 
-def last_lines(log: Path, count: int | None) -> tuple[bytes, int]:
-    """The last `count` lines of a log (None: all), and where in the file they end; nothing where there is no file."""
+def last_lines(log: Path, count: int | None) -> int:
+    """The byte of a log at which its last `count` lines begin (None: all lines); 0 where there is no file."""
+    if count is None:
+        return 0
     try:
         with log.open("rb") as file:
-            end = file.seek(0, 2)
-            begin, found = end, b""
-            # one more than wanted: the first may begin before the block, and one that the file ends with has no next
-            while begin > 0 and (count is None or found.count(b"\n") <= count):
-                begin = max(begin - BLOCK_BYTES, 0)
-                file.seek(begin)
-                found = file.read(end - begin)
+            return end_of_file(file) if count == 0 else start_of_lines(file, count)
     except FileNotFoundError:
-        return b"", 0
-    lines = found.splitlines(keepends=True)
-    return b"".join(lines if count is None else lines[len(lines) - min(count, len(lines)) :]), end
+        return 0
 
 
-def follow(log: Path, begin: int, has_ended: Callable[[], bool]) -> None:
-    """Prints what is appended to a log after byte `begin` until the run has ended; a log may begin to exist later."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+def end_of_file(file: BinaryIO) -> int:
+    """Its size in bytes."""
+    return file.seek(0, 2)
+
+
+def start_of_lines(file: BinaryIO, count: int) -> int:
+    """The byte at which the last `count` lines begin, one or more; the file is read from its end, every byte once."""
+    position = end_of_file(file)
+    if position == 0:
+        return 0
+    file.seek(position - 1)
+    needed = count + (file.read(1) == b"\n")  # line ends that are passed; the last line need not have one
+    while position > 0:
+        size = min(BLOCK_BYTES, position)
+        position = file.seek(position - size)
+        block = file.read(size)
+        ends = block.count(b"\n")
+        if ends >= needed:
+            at = len(block)
+            for _ in range(needed):
+                at = block.rindex(b"\n", 0, at)
+            return position + at + 1
+        needed -= ends
+    return 0
+
+
+class Log:
+    """Prints a log from byte `begin`, and later what was appended; it may begin to exist later."""
+
+    def __init__(self, path: Path, begin: int = 0):
+        self.path, self.shown = path, begin
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def show(self) -> None:
+        """Prints what has come since the last call, in pieces: a log can be larger than memory."""
+        try:
+            with self.path.open("rb") as file:
+                end = end_of_file(file)
+                if end < self.shown:  # it was emptied by hand
+                    self.shown = 0
+                file.seek(self.shown)
+                while self.shown < end and (block := file.read(min(BLOCK_BYTES, end - self.shown))):
+                    self.shown += len(block)
+                    sys.stdout.write(self.decoder.decode(block))
+        except FileNotFoundError:
+            pass
+        sys.stdout.flush()
+
+
+def follow(log: Log, has_ended: Callable[[], bool]) -> None:
+    """Prints what is appended to a log until the run has ended."""
     while True:
         is_last = has_ended()  # asked first, so that what was written until then is shown
-        try:
-            with log.open("rb") as file:
-                if file.seek(0, 2) < begin:  # it was emptied by hand
-                    begin = 0
-                file.seek(begin)
-                new = file.read()
-        except FileNotFoundError:
-            new = b""
-        begin += len(new)
-        sys.stdout.write(decoder.decode(new))
-        sys.stdout.flush()
+        log.show()
         if is_last:
             return
         time.sleep(POLL_SECONDS)
 
 
 class Watch:
-    """Whether a run has ended, asking Slurm only now and then."""
+    """Whether runs have ended, asking Slurm only now and then."""
 
-    def __init__(self, run: Path):
-        self.run = run
-        self.seen: int | None = None
+    def __init__(self, folders: Sequence[Path]):
+        self.folders = folders
+        self.found: list[RunStatus] = []
+        """As of the last answer; empty before the first question."""
+        self.sizes: list[int] = []
         self.next_question = 0.0
-        self.state = ""
-        """As of the last answer."""
 
     def has_ended(self) -> bool:
-        """False while its job waits, runs, or is requeued, and while Slurm does not answer."""
-        events = self.run / "events.jsonl"
-        size = events.stat().st_size if events.exists() else 0
-        if size == self.seen and time.monotonic() < self.next_question:
-            return False
-        self.seen, self.next_question = size, time.monotonic() + ASK_SECONDS
-        found = status.collect([self.run])[0]
-        is_leaving = found.story.is_final and found.entry is not None  # only its batch script is still there
-        self.state = str(found.story.end) if is_leaving else found.state
-        return is_leaving or found.is_active is False
+        """Whether nothing more comes from any of them.
+
+        False while a job waits, runs, is requeued or saves after a cancellation, and while Slurm does not answer.
+        """
+        sizes = [size(run / events.FILE) for run in self.folders]
+        if sizes != self.sizes or time.monotonic() >= self.next_question:
+            self.sizes, self.found = sizes, status.collect(self.folders)
+            is_leaving = any(one.story.is_final or one.state == "COMPLETING" for one in self.found)
+            self.next_question = time.monotonic() + (LEAVING_SECONDS if is_leaving else ASK_SECONDS)
+        return all(one.has_left for one in self.found)
+
+    @property
+    def problems(self) -> list[str]:
+        """What could not be found out."""
+        return list(dict.fromkeys(problem for one in self.found for problem in one.problems))
+
+
+def size(path: Path) -> int:
+    """Of a file, in bytes; 0 where it cannot be asked."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

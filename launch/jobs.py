@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ if not __package__:  # started as a file: what is imported must come from beside
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
 
-from launch import events, follow, program, runs, slurm_queue, status, story, tables
+from launch import cluster, events, follow, program, runs, status, story, tables
 from launch.runs import LaunchError
 from launch.status import RunStatus
 
@@ -144,18 +143,20 @@ def show_status(options: argparse.Namespace) -> int:
 def show_logs(options: argparse.Namespace) -> int:
     """The end of a log, and what comes."""
     run = status.find(options.runs, options.run)
-    log = follow.log_file(run, None if options.batch else options.rank)
+    path = follow.log_file(run, None if options.batch else options.rank)
     if not options.follow:
-        follow.check_exists(log)
-    text, end = follow.last_lines(log, options.lines)
-    sys.stdout.write(text.decode(errors="replace"))
-    sys.stdout.flush()
+        follow.check_exists(path)
+    log = follow.Log(path, follow.last_lines(path, options.lines))
+    log.show()
     if options.follow:
-        watch = follow.Watch(run)
-        if not log.exists() and not watch.has_ended():
-            print(f"{PROGRAM}: waiting for {log}; the run is {watch.state}", file=sys.stderr)
-        follow.follow(log, end, watch.has_ended)
-        print(f"{PROGRAM}: the run is {watch.state}", file=sys.stderr)
+        runs.read_record(run)  # where this is damaged, the end of the run cannot be known
+        watch = follow.Watch([run])
+        if not watch.has_ended():
+            missing = () if path.exists() else (f"waiting for {path}; the run is {watch.found[0].end}",)
+            for line in (*watch.problems, *missing):
+                print(f"{PROGRAM}: {line}", file=sys.stderr)
+        follow.follow(log, watch.has_ended)
+        print(f"{PROGRAM}: the run is {watch.found[0].end}", file=sys.stderr)
     return 0
 
 
@@ -174,74 +175,111 @@ def show_events(options: argparse.Namespace) -> int:
 
 def cancel(options: argparse.Namespace) -> int:
     """Stops a run, after a question where somebody can answer it."""
-    found = look_at(options)
-    if found.state == "unknown":
-        raise LaunchError(f"{found.problems[0]}. Nothing was cancelled")
-    if not found.is_active:
-        raise LaunchError(f"the run {found.name} is not active ({found.state}), so there is nothing to cancel")
-    act = cancel_in_slurm if found.entry and found.entry.is_active else cancel_here
-    if not act(found, options.yes):
-        print("nothing was changed")
-        return 1
+    found = cancellable(options)
+    print(what_happens(found))
+    if not options.yes:
+        if not is_agreed():
+            print("nothing was changed")
+            return 1
+        asked, found = found, cancellable(options)  # it may have ended while nobody answered, or be another job by now
+        if holder(found) != holder(asked):
+            raise LaunchError(f"meanwhile the run {found.name} has another job than the one that was shown")
+    (cancel_in_slurm if is_in_slurm(found) else cancel_here)(found)
     command = tables.command_name(options.runs, RUNS)
     print(f"done; `{command} events {options.run}` tells how it ends, `{command} resume {options.run}` goes on with it")
     return 0
 
 
-def cancel_in_slurm(found: RunStatus, is_agreed: bool) -> bool:
-    """Ends the job and keeps it from coming back; False where the person who is asked does not want it."""
-    assert found.entry is not None
-    number = found.entry.number
-    if found.state == "PENDING":
-        print(f"Slurm job {number} of the run {found.name} waits; it leaves the queue, and no work is lost")
-    else:
-        print(
-            f"Slurm job {number} of the run {found.name} is {found.state} on {found.nodes}; its ranks are told to save "
-            "and killed after Slurm's KillWait (30 s unless the cluster has changed it). It is not requeued"
+def cancellable(options: argparse.Namespace) -> RunStatus:
+    """The status of the run that was asked for. Raises LaunchError where there is nothing to cancel, or no way to."""
+    found = look_at(options)
+    if found.is_active is None:
+        raise LaunchError(f"{'; '.join(found.problems)}. Nothing was cancelled")
+    if not found.is_active:
+        raise LaunchError(f"the run {found.name} is not active ({found.state}), so there is nothing to cancel")
+    if found.story.end == story.FINISHED or (
+        found.story.is_final and found.entry and found.entry.state == "COMPLETING"
+    ):
+        raise LaunchError(
+            f"the run {found.name} has ended already ({found.story.end}: {found.story.why}); its job leaves by itself"
         )
-    if not agreed(is_agreed):
-        return False
-    # first, so that whatever reads the story while the job ends knows why
-    token = found.record.token if found.record else None
-    events.note(found.path, "cancelled", f"cancelled by {status.user()}", job=number, token=token, reason="cancelled")
-    try:
-        answer = subprocess.run(["scancel", number], capture_output=True, text=True, timeout=slurm_queue.ANSWER_SECONDS)
-        failure = " ".join(answer.stderr.split()) or "no reason given" if answer.returncode else ""
-    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
-        failure = str(error)
-    if failure:
-        raise LaunchError(f"scancel {number} failed, so the job may go on: {failure}. Cancel it again")
-    return True
-
-
-def cancel_here(found: RunStatus, is_agreed: bool) -> bool:
-    """Asks the launcher on this machine to save and leave, as Ctrl-C does; False where that is not wanted."""
-    if found.state == "locked":
+    if not is_in_slurm(found) and found.state == "locked":
         raise LaunchError(
             f"the run {found.name} has no job in Slurm, but {found.detail}; wait for it, or stop that process"
         )
-    process = status.launcher_of(found.path)
-    if process is None:
+    if not is_in_slurm(found) and status.launcher_of(found.path) is None:
         raise LaunchError(
             f"the run {found.name} is held by {found.detail}, which is not (or no longer) a process of this machine, "
             f"{status.this_host()}; stop it on its own"
         )
-    print(f"process {process} trains the run {found.name} on this machine; it is told to save and leave, as by Ctrl-C")
-    if not agreed(is_agreed):
-        return False
+    return found
+
+
+def is_in_slurm(found: RunStatus) -> bool:
+    """Whether its job waits, runs or is leaving in Slurm."""
+    return found.entry is not None and found.entry.is_active
+
+
+def holder(found: RunStatus) -> tuple[str, str | int | None]:
+    """What would be ended: the submission, and Slurm's number for it or that of the launcher's process."""
+    number = found.entry.number if found.entry and is_in_slurm(found) else status.launcher_of(found.path)
+    return found.record.token if found.record else "", number
+
+
+def what_happens(found: RunStatus) -> str:
+    """What cancelling the run does, in words."""
+    _, number = holder(found)
+    if not is_in_slurm(found):
+        return (
+            f"process {number} trains the run {found.name} on this machine; it is told to save and leave, as by Ctrl-C"
+        )
+    if found.state == "PENDING":
+        return f"Slurm job {number} of the run {found.name} waits; it leaves the queue, and no work is lost"
+    return (
+        f"Slurm job {number} of the run {found.name} is {found.state} on {found.nodes}; its ranks are told to save "
+        "and killed after Slurm's KillWait (30 s unless the cluster has changed it). It is not requeued"
+    )
+
+
+def cancel_in_slurm(found: RunStatus) -> None:
+    """Ends the job, and then notes who wanted it. Raises LaunchError where Slurm does not do it.
+
+    Nothing is noted before, which would be wrong where scancel fails. Where this program dies in between, the job's
+    batch script notes that it was cancelled; of a job that had not started, Slurm tells it.
+    """
+    assert found.entry is not None
+    number = found.entry.number
+    answer = cluster.ask("scancel", number)
+    if answer is None or answer.returncode:
+        why = " ".join(answer.stderr.split()) or "no reason given" if answer else "it is not installed or says nothing"
+        raise LaunchError(f"scancel {number} failed, so the job may go on: {why}. Cancel it again")
+    after = status.collect([found.path])[0].entry  # scancel also succeeds where it does nothing
+    if after and after.is_active and after.state != "COMPLETING":
+        raise LaunchError(f"scancel {number} has had no effect, the job is {after.state}. Cancel it again")
+    token = found.record.token if found.record else None
     try:
+        events.note(
+            found.path, "cancelled", f"cancelled by {status.user()} with launch/jobs.py", job=number, token=token
+        )
+    except OSError as error:
+        print(f"{PROGRAM}: warning: not noted in {events.FILE}: {error.strerror or error}", file=sys.stderr)
+
+
+def cancel_here(found: RunStatus) -> None:
+    """Asks the launcher on this machine to save and leave, as Ctrl-C does. Raises LaunchError where it cannot."""
+    process = status.launcher_of(found.path)
+    try:
+        if process is None:
+            raise ProcessLookupError
         os.kill(process, signal.SIGINT)
     except ProcessLookupError:
-        raise LaunchError(f"process {process} has just ended by itself") from None
+        raise LaunchError("the process has just ended by itself") from None
     except PermissionError:
         raise LaunchError(f"process {process} is another user's, so it cannot be told to stop") from None
-    return True
 
 
-def agreed(is_agreed: bool) -> bool:
+def is_agreed() -> bool:
     """Whether it is to be done. Raises LaunchError where there is nobody to ask."""
-    if is_agreed:
-        return True
     if not sys.stdin.isatty():
         raise LaunchError("there is no terminal to ask on; --yes says that it is meant")
     try:
@@ -259,8 +297,8 @@ def resume(options: argparse.Namespace) -> int:
             f"the run {found.name} was never submitted, so there is nothing to repeat: "
             f"python launch/submit.py --config FILE --name {found.name}"
         )
-    if found.state == story.FINISHED:
-        raise LaunchError(f"the run {found.name} is finished ({found.detail}); {how_to_go_further(found.path)}")
+    if found.story.end == story.FINISHED:
+        raise LaunchError(f"the run {found.name} is finished ({found.story.why}); {how_to_go_further(found.path)}")
     from launch import submission
 
     return program.guarded(PROGRAM, lambda: submission.resume(found.path))

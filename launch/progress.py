@@ -14,8 +14,12 @@ from launch import runs
 
 TAIL_BYTES = 1 << 16
 """How much of the end of metrics.jsonl is read where only the last report is wanted."""
-LOG_TAIL_BYTES = 1 << 18
-"""How much of the end of a log is searched for its last report."""
+LOG_BLOCK_BYTES = 1 << 18
+"""A log is searched for its last report from its end, in such blocks."""
+LOG_SEARCH_BYTES = 1 << 24
+"""How far back: libraries can say a lot between two reports, such as NCCL under NCCL_DEBUG."""
+REPORT_BYTES = 256
+"""More than the longest report."""
 REPORT = re.compile(r"epoch +(\d+)/(\d+) \[[= ]*\] step +(\d+)/(\d+)  ")
 """The line of dgt/training/monitor.py; only it knows the total, which depends on the number of samples."""
 
@@ -142,12 +146,23 @@ def number(row: dict[str, Any], name: str) -> float | None:
 
 def last_report(log: Path) -> tuple[int | None, int | None, int | None]:
     """Epoch, number of epochs and total steps as of the last report in the log of rank 0."""
-    text, _ = tail(log, LOG_TAIL_BYTES)
-    found = REPORT.findall(text)
-    if not found:
-        return None, None, None
-    epoch, epochs, _, total = found[-1]
-    return int(epoch), int(epochs), int(total)
+    after = b""
+    try:
+        with log.open("rb") as file:
+            position = file.seek(0, 2)
+            lowest = max(position - LOG_SEARCH_BYTES, 0)
+            while position > lowest:
+                size = min(LOG_BLOCK_BYTES, position - lowest)
+                position = file.seek(position - size)
+                block = file.read(size) + after
+                found = REPORT.findall(block.decode(errors="replace"))
+                if found:
+                    epoch, epochs, _, total = found[-1]
+                    return int(epoch), int(epochs), int(total)
+                after = block[:REPORT_BYTES]  # where the end of a report may be that begins in the block before
+    except FileNotFoundError:
+        pass
+    return None, None, None
 
 
 def best(run: Path, newest: str, rows: list[dict[str, Any]]) -> tuple[str, float, int] | None:

@@ -3,10 +3,12 @@
 The state of a run is Slurm's word for its job (PENDING, RUNNING, ...) while that waits or runs; `running` for a job of
 this machine; and once it has ended one of these, or Slurm's word where the run's own files do not say:
 
-    finished, failed, gave up, cancelled    as events.jsonl says
+    finished, failed, gave up, cancelled    as events.jsonl says, also while Slurm's word is COMPLETING
     stopped                                 it left as planned, and can be resumed
     vanished                                it started and is gone, and nothing says how it ended
-    unknown                                 Slurm does not answer
+    never started                           it is gone, and nothing says that it started
+    unknown                                 Slurm does not answer, or may not show it, or a file cannot be read
+    damaged                                 job.json, which names its job, cannot be read
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ import math
 import os
 import re
 import socket
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launch import progress, runs, slurm_queue, story
 from launch.progress import Progress
@@ -35,6 +37,7 @@ SIGNS_OF_LIFE = ("metrics.jsonl", "events.jsonl", "job.json", "checkpoints", "lo
 SHOWN = ("cluster", "token", "nodes", "processes_per_node", "submitted", "host")
 """What of a record is shown; the rest is how to submit it again."""
 NEAR_NAMES = 3
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class RunStatus:
     path: Path
     state: str
     is_active: bool | None
-    """Whether its job waits or runs; None where Slurm does not answer."""
+    """Whether its job waits, runs or is leaving; None where that is not known."""
     detail: str
     """Why it waits, who runs it, or how it ended; may be empty."""
     record: JobRecord | None
@@ -76,6 +79,25 @@ class RunStatus:
             return self.record.host
         return (self.entry.nodes if self.entry else "") or ",".join(self.story.nodes)
 
+    @property
+    def has_left(self) -> bool:
+        """Whether nothing more comes from its job: at most its batch script is still there.
+
+        A job that was cancelled may still save.
+        """
+        is_told = self.story.is_final and self.story.end != story.CANCELLED
+        return self.is_active is False or (self.entry is not None and self.entry.state != "PENDING" and is_told)
+
+    @property
+    def end(self) -> str:
+        """How it ended where it has left, else its state."""
+        return self.story.end if self.has_left and self.story.is_final and self.story.end else self.state
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until training is complete; None where it does not train now, or where that cannot be told yet."""
+        return self.progress.seconds_left if self.state in ("RUNNING", "running") else None
+
     def facts(self) -> dict[str, Any]:
         """Everything as JSON has it; a number that is not finite becomes null."""
         plain = {
@@ -90,7 +112,7 @@ class RunStatus:
             "slurm": asdict(self.entry) if self.entry else None,
             "story": asdict(self.story),
             "progress": asdict(self.progress),
-            "seconds_left": self.progress.seconds_left,
+            "seconds_left": self.seconds_left,
             "idle_seconds": self.idle_seconds,
             "problems": self.problems,
         }
@@ -139,60 +161,117 @@ def find(runs_folder: Path, wanted: str) -> Path:
     raise LaunchError(f"there is no run {wanted}; {hint}")
 
 
+@dataclass
+class Look:
+    """What is found out of one run, piece by piece; a file that cannot be read is a problem of this run alone."""
+
+    run: Path
+    record: JobRecord | None = None
+    story: Story = field(default_factory=Story)
+    entry: Entry | None = None
+    word: str = ""
+    """Slurm's for the state of the job, from its accounting where that is not in the queue."""
+    trouble: str = ""
+    """Why Slurm has none."""
+    blind: str = ""
+    """The state of a run whose own files do not tell it; empty where they do."""
+    problems: list[str] = field(default_factory=list)
+
+    def read(self, what: Callable[..., Value], otherwise: Value, *given: object) -> Value:
+        """The answer of a function that reads files; `otherwise` where they cannot be read."""
+        try:
+            return what(*given)
+        except LaunchError as error:
+            self.problems.append(str(error))
+        except OSError as error:
+            self.problems.append(f"{error.filename or self.run}: {error.strerror or error}")
+        return otherwise
+
+    def read_record(self) -> None:
+        """The last job."""
+        self.record = self.read(runs.read_record, None, self.run)
+        self.blind = "damaged" if self.problems else ""
+
+    def read_story(self) -> None:
+        """What the run has noted."""
+        before = len(self.problems)
+        self.story = self.read(story.read, Story(), self.run, self.record)
+        if len(self.problems) > before:
+            self.blind = self.blind or "unknown"
+
+    @property
+    def is_in_slurm(self) -> bool:
+        """Whether its last job is Slurm's."""
+        return self.record is not None and self.record.cluster == "slurm"
+
+    @property
+    def job(self) -> tuple[str, str]:
+        """Number and name of the job."""
+        return (self.record.job if self.record else "", self.run.name)
+
+
 def collect(folders: Sequence[Path], thoroughly: bool = False) -> list[RunStatus]:
     """The status of these runs, with one question to Slurm for all; `thoroughly`: with all evaluations.
 
-    A damaged record is a problem of its run, not of the others.
+    What cannot be read of a run is told among its problems, and hides no other.
     """
-    records: dict[Path, JobRecord | None] = {}
-    problems: dict[Path, str] = {}
-    for run in folders:
-        try:
-            records[run] = runs.read_record(run)
-        except LaunchError as error:
-            records[run], problems[run] = None, str(error)
-    in_slurm = {run: record for run, record in records.items() if record and record.cluster == "slurm"}
-    queue = slurm_queue.ask(owner(run) for run in in_slurm) if in_slurm else Queue()
-    stories = {run: story.read(run, record) for run, record in records.items()}
-    entries = {run: queue.find(record) for run, record in in_slurm.items()}
-    gone = [run for run in in_slurm if not (entries[run] or stories[run].is_final or queue.problem)]
-    accounted = slurm_queue.accounted(number for run in gone if (number := in_slurm[run].job))
-    found = []
-    for run in records:
-        record, entry, damage = records[run], entries.get(run), problems.get(run, "")
-        word = entry.state if entry else accounted.get(record.job, "") if record else ""
-        trouble = queue.problem if run in in_slurm else ""
-        state, is_active, detail = judge(run, record, stories[run], entry, word, trouble)
-        if damage and not is_active:
-            state, is_active, detail = "damaged", None, ""
-        said = tuple(problem for problem in (damage, trouble) if problem)
-        how_far = progress.read(run, thoroughly)
-        found.append(RunStatus(run, state, is_active, detail, record, entry, stories[run], how_far, idle(run), said))
-    return found
+    looks = [Look(run) for run in dict.fromkeys(folders)]
+    for look in looks:
+        look.read_record()
+    in_slurm = [look for look in looks if look.is_in_slurm]
+    owners = {look.run: look.read(owner, os.getuid(), look.run) for look in in_slurm}
+    # oneself too: where the owner's name is unknown here, squeue would take no heed of it, and show everybody's jobs
+    queue = slurm_queue.ask([*owners.values(), os.getuid()]) if in_slurm else Queue()
+    for look in looks:
+        look.read_story()  # after the queue: what ends in between has noted it
+        look.entry = queue.find(look.record, look.run.name) if look.record and look.is_in_slurm else None
+    gone = [look for look in in_slurm if not (look.entry or look.story.is_final or queue.problem)]
+    accounted = slurm_queue.accounted(look.job for look in gone if look.job[0])
+    for look in in_slurm:
+        look.word = look.entry.state if look.entry else accounted.get(look.job, "")
+        look.trouble = queue.problem
+        if look in gone and not look.word and os.getuid() not in (0, owners[look.run]):
+            look.trouble = "Slurm may not show jobs of other users here, so the state of theirs is not always known"
+    return [concluded(look, thoroughly) for look in looks]
 
 
-def judge(
-    run: Path, record: JobRecord | None, told: Story, entry: Entry | None, word: str, trouble: str
-) -> tuple[str, bool | None, str]:
-    """State, whether it is active, and the detail. `word`: Slurm's for the job; `trouble`: why it has none."""
+def concluded(look: Look, thoroughly: bool) -> RunStatus:
+    """The status of a run of which Slurm was asked."""
+    state, is_active, detail = judge(look)
+    how_far = look.read(progress.read, Progress(), look.run, thoroughly)
+    problems = tuple(dict.fromkeys([*([look.trouble] if look.trouble else []), *look.problems]))
+    return RunStatus(
+        look.run, state, is_active, detail, look.record, look.entry, look.story, how_far, idle(look.run), problems
+    )
+
+
+def judge(look: Look) -> tuple[str, bool | None, str]:
+    """State, whether it is active, and the detail."""
+    record, told, entry = look.record, look.story, look.entry
     if entry and entry.is_active:
+        if entry.state == "COMPLETING" and told.end and told.is_final:
+            return told.end, True, told.why
         return entry.state, True, entry.reason if entry.state != "RUNNING" else ""
-    holder = lock_holder(run)
+    holder = lock_holder(look.run)
     if holder is not None:
         if record is None or record.cluster == "local":
             return "running", True, holder
         return "locked", True, f"{holder} submits it, or trains it without Slurm"
+    if look.blind:
+        return look.blind, None, ""
     if told.end and told.is_final:
         return told.end, False, told.why
-    if trouble:
+    if look.trouble:
         return "unknown", None, told.why
-    if word:
-        return word.split()[0], False, f"as Slurm says ({word}); {told.why or 'the job itself noted no end'}"
+    if look.word:
+        return look.word.split()[0], False, f"as Slurm says ({look.word}); {told.why or 'the job itself noted no end'}"
     if told.end:
         return told.end, False, told.why
     if record is None:
         return "stopped", False, "how it ended is not known: it was not started by launch/submit.py"
-    where = f"; it was started on {record.host}" if record.cluster == "local" and record.host != this_host() else ""
+    where = f"; it was submitted on {record.host}" if record.cluster == "local" and record.host != this_host() else ""
+    if told.started is None:
+        return "never started", False, f"no start is noted, and {gone_from(record)}{where}"
     return "vanished", False, f"no end is noted, and {gone_from(record)}{where}"
 
 

@@ -15,6 +15,8 @@ FINISHED, FAILED, GAVE_UP, CANCELLED, STOPPED = "finished", "failed", "gave up",
 """How a job can have ended."""
 FINAL = (FINISHED, FAILED, GAVE_UP, CANCELLED)
 """No attempt follows by itself."""
+ENDINGS = ("started", "stopped", "requeued", "finished", "gave-up", "cancelled")
+"""Events of which the newest says where an attempt stands."""
 MARKER = re.compile(r"\.(\d+)\.(finished|failed|interrupted)")
 """What follows the token in a marker's name: attempt and end."""
 
@@ -59,17 +61,17 @@ class Story:
 
 
 def read(run: Path, record: JobRecord | None) -> Story:
-    """The story of the run in this folder."""
+    """The story of the run in this folder. Raises OSError where a file of it is not readable."""
     noted = events.read(run)
-    submissions = [i for i, event in enumerate(noted) if event["event"] == "submitted"]
-    last = noted[submissions[-1] :] if submissions else noted
-    if record and last and last[0].get("token", record.token) != record.token:
-        last = []  # of the job before: the last submission was cut off, or is under way
-    start: dict[str, Any] = next((event for event in reversed(last) if event["event"] == "started"), {})
-    end, why = end_of(last)
-    newest = last[-1]["event"] if last else ""
-    if end not in FINAL and newest not in ("requeued", "gave-up"):
-        end, why = end_by_marker(run, record, start.get("attempt")) or (end, why)
+    told = of_last_job(noted, record)
+    start: dict[str, Any] = next((event for event in reversed(told) if event["event"] == "started"), {})
+    end, why = end_of(told)
+    newest = next((event["event"] for event in reversed(told) if event["event"] in ENDINGS), "")
+    if end != FINISHED:
+        marked = end_by_marker(run, record, start.get("attempt"))
+        # a job that was complete when it was cancelled, or when its node died, is complete
+        if marked and (marked[0] == FINISHED or (end not in FINAL and newest not in ("requeued", "gave-up"))):
+            end, why = marked
     return Story(
         end=end,
         why=why,
@@ -79,33 +81,48 @@ def read(run: Path, record: JobRecord | None) -> Story:
         started=start.get("time"),
         nodes=names(start.get("nodes")),
         restarts=restarts_of(noted),
-        excluded=tuple(dict.fromkeys(e["node"] for e in last if e["event"] == "node-excluded" and "node" in e)),
+        excluded=tuple(dict.fromkeys(e["node"] for e in told if e["event"] == "node-excluded" and "node" in e)),
     )
 
 
-def end_of(last: list[dict[str, Any]]) -> tuple[str | None, str]:
+def of_last_job(noted: list[dict[str, Any]], record: JobRecord | None) -> list[dict[str, Any]]:
+    """The events of the last submission, known by their token.
+
+    Their order says less: a job can start before its submission is noted, and a full disk can have cost that note.
+    Where no record names the last submission, it is that of the newest event.
+    """
+    tokens = [event["token"] for event in noted if "token" in event]
+    token = record.token if record else tokens[-1] if tokens else None
+    return [event for event in noted if event.get("token", token) == token]
+
+
+def end_of(told: list[dict[str, Any]]) -> tuple[str | None, str]:
     """How the last job ended by its events, and why."""
     end: str | None = None
     why = ""
-    for event in last:
+    for event in told:
         kind, reason = event["event"], event.get("reason")
-        if kind in ("submitted", "started", "requeued"):
+        if kind == "started":
             end, why = None, ""
         elif kind == "finished":
             end, why = FINISHED, event["text"]
+        elif end in FINAL:
+            continue  # such as a cancellation that came too late, or what a cancelled job says when it leaves
+        elif kind == "requeued":
+            end, why = None, ""
         elif kind == "cancelled" or (kind == "stopped" and reason == "cancelled"):
             end, why = CANCELLED, event["text"]
-        elif kind == "stopped" and end != CANCELLED:
+        elif kind == "stopped":
             end, why = FAILED if reason == "error" else STOPPED, event["text"]
-        elif kind == "gave-up" and end != FAILED:
+        elif kind == "gave-up":
             # after Ctrl-C or the like nothing failed
-            end, why = STOPPED if end == STOPPED and stop_reason(last) == "signal" else GAVE_UP, event["text"]
+            end, why = STOPPED if end == STOPPED and stop_reason(told) == "signal" else GAVE_UP, event["text"]
     return end, why
 
 
-def stop_reason(last: list[dict[str, Any]]) -> str | None:
+def stop_reason(told: list[dict[str, Any]]) -> str | None:
     """Reason of the last stop."""
-    return next((event.get("reason") for event in reversed(last) if event["event"] == "stopped"), None)
+    return next((event.get("reason") for event in reversed(told) if event["event"] == "stopped"), None)
 
 
 def end_by_marker(run: Path, record: JobRecord | None, attempt: int | None) -> tuple[str, str] | None:
@@ -131,19 +148,19 @@ def end_by_marker(run: Path, record: JobRecord | None, attempt: int | None) -> t
 def restarts_of(noted: list[dict[str, Any]]) -> tuple[Restart, ...]:
     """Every start after the first, with the reason of the stop before it."""
     found = []
-    has_started, reason, is_resubmission = False, "unknown", False
+    before: dict[str, Any] | None = None
+    reason = "unknown"
     for event in noted:
         if event["event"] == "stopped":
             reason = str(event.get("reason", "unknown"))
-        elif event["event"] in ("finished", "cancelled"):
+        elif event["event"] == "finished" or (event["event"] == "cancelled" and reason != "finished"):
             reason = event["event"]
-        elif event["event"] == "submitted":
-            is_resubmission = True
         elif event["event"] == "started":
-            if has_started:
+            if before is not None:
+                is_resubmission = event.get("token") != before.get("token")
                 step = event.get("step")
                 found.append(Restart(event["time"], event.get("attempt"), reason, is_resubmission, step))
-            has_started, reason, is_resubmission = True, "unknown", False
+            before, reason = event, "unknown"
     return tuple(found)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import story
+from launch.layout import count
 from launch.status import RunStatus
 
 NAME_LENGTHS = (12, 36)
@@ -17,7 +18,7 @@ NAME_LENGTHS = (12, 36)
 NOTHING = "-"
 COLOURS = {
     "RUNNING": "green", "running": "green", "COMPLETING": "green", "PENDING": "yellow", "locked": "yellow",
-    "finished": "bold green", "stopped": "yellow", "cancelled": "yellow", "unknown": "yellow",
+    "finished": "bold green", "stopped": "yellow", "cancelled": "yellow", "CANCELLED": "yellow", "unknown": "yellow",
 }  # fmt: skip
 """Of states; any other means that something went wrong."""
 LABEL_WIDTH, GAP = 14, 2
@@ -42,7 +43,7 @@ COLUMNS = (
     Column("nodes", lambda s: s.nodes or NOTHING, 10),
     Column("step", lambda s: step_text(s), 1, is_number=True),
     Column("%", lambda s: percent(s.progress.part_done), 5, is_number=True),
-    Column("ETA", lambda s: brief(s.progress.seconds_left) if s.is_active else NOTHING, 2, is_number=True),
+    Column("ETA", lambda s: brief(s.seconds_left), 2, is_number=True),
     Column("loss", lambda s: number(s.progress.loss), 3, is_number=True),
     Column("images/s", lambda s: number(s.progress.images_per_s), 8, is_number=True),
     Column("restarts", lambda s: str(len(s.story.restarts)), 9, is_number=True),
@@ -136,7 +137,7 @@ def who(status: RunStatus) -> list[tuple[str, str]]:
     lines += [("", problem) for problem in status.problems]
     if record:
         job = f"Slurm job {status.job or 'without a number yet'}" if record.cluster == "slurm" else "local"
-        size = f"{counted(record.nodes, 'node')} x {counted(record.processes_per_node, 'process', 'es')}"
+        size = f"{count(record.nodes, 'node')} x {count(record.processes_per_node, 'process')}"
         lines.append(("job", f"{job}, {size}, submitted {story.local_time(record.submitted)}"))
     if entry and entry.is_active and entry.state == "PENDING" and entry.start:
         lines.append(("expected", f"to start at {story.local_time(entry.start)}"))
@@ -151,7 +152,7 @@ def how_far(status: RunStatus) -> list[tuple[str, str]]:
     done = status.progress
     step = step_text(status) + (f" ({percent(done.part_done)})" if done.part_done is not None else "")
     epoch = f", epoch {done.epoch} of {done.epochs}" if done.epoch else ""
-    left = f", {duration(done.seconds_left)} left" if status.is_active and done.seconds_left is not None else ""
+    left = f", {duration(status.seconds_left)} left" if status.seconds_left is not None else ""
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in done.evaluation.items())
     speed = f"{number(done.images_per_s)} images/s" if done.images_per_s is not None else ""
     if speed and done.data_wait is not None:
@@ -166,7 +167,7 @@ def how_far(status: RunStatus) -> list[tuple[str, str]]:
         ("checkpoint", f"{done.checkpoint}, {duration(done.checkpoint_age)} old" if done.checkpoint else "none yet"),
     ]
     if done.damaged_lines:
-        lines.append(("", f"metrics.jsonl: {counted(done.damaged_lines, 'damaged line')} passed over"))
+        lines.append(("", f"metrics.jsonl: {count(done.damaged_lines, 'damaged line')} passed over"))
     return lines
 
 
@@ -195,18 +196,15 @@ def where(status: RunStatus) -> list[tuple[str, str]]:
 
 def next_lines(status: RunStatus, name: str) -> list[tuple[str, str]]:
     """What a person may want to type next, and what it does."""
-    if status.is_active:
+    if status.is_active and not status.has_left:
         lines = [(f"logs {name} -f", "follow the log of rank 0"), (f"cancel {name}", "stop it")]
+        if status.story.is_final:  # it is cancelled already
+            return lines[:1]
         return lines[1:] if status.state == "PENDING" and not status.story.started else lines
-    if status.state == story.FINISHED:
+    if status.end == story.FINISHED:
         return [(f"tensorboard {name}", "look at its curves")]
     lines = [(f"events {name}", "what happened"), (f"logs {name}", "the end of rank 0's log")]
     return [*lines, (f"resume {name}", "go on from the newest checkpoint")] if status.record else lines
-
-
-def counted(number: int, word: str, ending: str = "s") -> str:
-    """A number of things."""
-    return f"{number} {word}{'' if number == 1 else ending}"
 
 
 def state_text(status: RunStatus) -> str:

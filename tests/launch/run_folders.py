@@ -18,6 +18,8 @@ from launch import events, jobs, runs
 from launch.runs import JobRecord
 
 TOKEN = "slurm-20261124-053612-1a2b"
+ONE = f"{TOKEN}|one"
+"""The end of squeue's line about the job of the run `one`: comment and name."""
 HOLD = """
 import signal, sys, time
 from pathlib import Path
@@ -65,8 +67,13 @@ class Place:
         path.chmod(0o755)
 
     def queue(self, *lines: str) -> None:
-        """What squeue answers: number|state|reason|nodes|start|comment."""
+        """What squeue answers: number|state|reason|nodes|start|comment|name."""
         self.command("squeue", "\n".join(lines))
+
+    def scancel(self, *lines: str, before: str = ":") -> None:
+        """Puts scancel on the path, after which squeue answers these lines. `before`: what it does first, in shell."""
+        self.command("squeue.then", "\n".join(lines))
+        self.command("scancel", before=f"{before}\nmv {self.bin}/squeue.then {self.bin}/squeue")
 
     def called(self, name: str) -> list[str]:
         """The calls of a command."""

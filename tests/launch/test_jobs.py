@@ -7,11 +7,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from run_folders import TOKEN, Place, held, report, tell
+from run_folders import ONE, REPORT, TOKEN, Place, held, report, tell
 
 from launch import events, jobs, program, runs, status, tables
 
@@ -27,21 +28,40 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 @pytest.mark.parametrize(
     ("told", "queued", "accounted", "state", "active"),
     [
-        (["submitted"], "12|PENDING|Resources||N/A|" + TOKEN, "", "PENDING", True),
-        (["submitted", "started"], "12|RUNNING|None|n[1-2]|N/A|" + TOKEN, "", "RUNNING", True),
-        (["submitted", "started", "stopped:crash", "requeued"], "12|PENDING|BeginTime||N/A|", "", "PENDING", True),
-        (["submitted", "started", "finished"], "12|COMPLETED|None|n1|N/A|" + TOKEN, "", "finished", False),
-        (["submitted", "started", "finished", "submitted"], "12|RUNNING|None|n1|N/A|" + TOKEN, "", "RUNNING", True),
-        (["submitted", "started", "stopped:error", "gave-up"], "", "12|FAILED", "failed", False),
+        (["submitted"], "12|PENDING|Resources||N/A|" + ONE, "", "PENDING", True),
+        (["submitted", "started"], "12|RUNNING|None|n[1-2]|N/A|" + ONE, "", "RUNNING", True),
+        (["submitted", "started", "stopped:crash", "requeued"], "12|PENDING|BeginTime||N/A||one", "", "PENDING", True),
+        (["submitted", "started", "finished"], "12|COMPLETED|None|n1|N/A|" + ONE, "", "finished", False),
+        (["submitted", "started", "finished", "submitted"], "12|RUNNING|None|n1|N/A|" + ONE, "", "RUNNING", True),
+        (["submitted", "started", "stopped:error", "gave-up"], "", "12|FAILED|one", "failed", False),
         (["submitted", "started", "stopped:crash", "gave-up"], "", "", "gave up", False),
-        (["submitted", "started", "stopped:signal", "gave-up"], "", "12|FAILED", "stopped", False),
+        (["submitted", "started", "stopped:signal", "gave-up"], "", "12|FAILED|one", "stopped", False),
         (["submitted", "started", "cancelled", "stopped:cancelled"], "", "", "cancelled", False),
-        (["submitted", "started"], "12|TIMEOUT|TimeLimit|n1|N/A|" + TOKEN, "", "TIMEOUT", False),
-        (["submitted", "started"], "", "12|NODE_FAIL", "NODE_FAIL", False),
-        (["submitted", "started", "stopped:preempted", "requeued"], "", "12|CANCELLED by 1000", "CANCELLED", False),
+        (["submitted", "started"], "12|TIMEOUT|TimeLimit|n1|N/A|" + ONE, "", "TIMEOUT", False),
+        (["submitted", "started"], "", "12|NODE_FAIL|one", "NODE_FAIL", False),
+        (["submitted", "started", "stopped:preempted", "requeued"], "", "12|CANCELLED by 1000|one", "CANCELLED", False),
         (["submitted", "started", "stopped:preempted", "requeued"], "", "", "vanished", False),
         (["submitted", "started", "stopped:preempted"], "", "", "stopped", False),
-        (["submitted", "started"], "12|RUNNING|None|n1|N/A|slurm-20270101-000000-ffff", "", "vanished", False),
+        (["submitted", "started"], "12|RUNNING|None|n1|N/A|slurm-20270101-000000-ffff|one", "", "vanished", False),
+        (["submitted", "started"], "12|RUNNING|None|n1|N/A|billed to a|b|other", "", "vanished", False),
+        (["submitted", "started"], "12|RUNNING|None|n1|N/A||other", "", "vanished", False),
+        (["submitted", "started"], "12|RUNNING|None|n1|N/A|billed to a|b|one", "", "RUNNING", True),
+        (["submitted", "started"], "13|RUNNING|None|n1|N/A|" + ONE, "", "vanished", False),
+        (["submitted", "started"], "", "12|FAILED|other", "vanished", False),
+        (["submitted", "started"], "", "12|RUNNING|one", "vanished", False),
+        (["submitted"], "", "", "never started", False),
+        (["submitted"], "12|REVOKED|None||N/A|" + ONE, "", "REVOKED", False),
+        (["submitted", "started", "finished"], "12|COMPLETING|None|n1|N/A|" + ONE, "", "finished", True),
+        (["submitted", "started", "cancelled"], "12|COMPLETING|None|n1|N/A|" + ONE, "", "cancelled", True),
+        (["started", "stopped:crash", "requeued"], "12|COMPLETING|None|n1|N/A|" + ONE, "", "COMPLETING", True),
+        (["submitted", "started", "finished", "cancelled", "stopped:cancelled"], "", "", "finished", False),
+        (["submitted", "started", "cancelled", "finished"], "", "", "finished", False),
+        (["submitted", "started", "stopped:crash", "gave-up", "cancelled"], "", "", "gave up", False),
+        (["submitted", "started", "stopped:preempted", "cancelled", "requeued"], "", "", "cancelled", False),
+        (["started", "stopped:crash", "gave-up", "submitted"], "", "", "gave up", False),
+        (["started", "stopped:crash", "gave-up"], "", "", "gave up", False),
+        (["started", "stopped:signal", "gave-up", "submitted"], "", "12|FAILED|one", "stopped", False),
+        (["started", "submitted"], "", "", "vanished", False),
     ],
 )  # fmt: skip
 def test_state_is_slurms_word_or_the_end_that_the_run_has_noted(
@@ -70,9 +90,29 @@ def test_markers_tell_the_end_of_a_local_job_that_noted_none(place: Place, end: 
     assert found.state == "vanished", "the marker is an earlier attempt's"
 
 
+def test_a_job_that_was_complete_when_it_was_cancelled_is_finished(place: Place) -> None:
+    run = place.run("one")
+    runs.leave_marker(str(run / "jobs" / f"{TOKEN}.0"), "finished", {"step": 8})
+    tell(run, "submitted", "started", "cancelled", "stopped:cancelled")
+    (found,) = status.collect([run])
+    assert (found.state, found.detail) == ("finished", "training is complete after step 8")
+
+
+def test_events_belong_to_the_submission_that_they_name(place: Place) -> None:
+    run = place.run("one", token="slurm-20261125-000000-ffff")
+    tell(run, "submitted", "started", "stopped:time limit", token=TOKEN)
+    tell(run, "started", "finished", "cancelled", token="slurm-20261124-120000-ffff")
+    tell(run, "started", "stopped:crash", "requeued", "started", "stopped:crash", "gave-up")  # the disk was full before
+    (found,) = status.collect([run])
+    assert (found.state, found.detail, found.story.is_final) == ("gave up", "gave-up was noted", True)
+    assert [(one.reason, one.is_resubmission) for one in found.story.restarts] == [
+        ("time limit", True), ("finished", True), ("crash", False),
+    ]  # fmt: skip
+
+
 def test_a_submission_without_a_number_is_found_by_its_token(place: Place) -> None:
     run = place.run("one", job="")
-    place.queue("77|PENDING|Priority||N/A|" + TOKEN)
+    place.queue("77|PENDING|Priority||N/A|" + ONE)
     (found,) = status.collect([run])
     assert (found.job, found.state, found.detail) == ("77", "PENDING", "Priority")
 
@@ -81,8 +121,8 @@ def test_a_submission_that_was_cut_off_is_not_what_the_job_before_was(place: Pla
     run = place.run("one", token="slurm-20261125-000000-ffff", job="")
     tell(run, "submitted", "started", "finished", token=TOKEN)
     (found,) = status.collect([run])
-    assert (found.state, found.story.end) == ("vanished", None)
-    place.queue("77|PENDING|Priority||N/A|slurm-20261125-000000-ffff")
+    assert (found.state, found.story.end) == ("never started", None)
+    place.queue("77|PENDING|Priority||N/A|slurm-20261125-000000-ffff|one")
     (found,) = status.collect([run])
     assert (found.state, found.story.is_final) == ("PENDING", False)
 
@@ -90,7 +130,8 @@ def test_a_submission_that_was_cut_off_is_not_what_the_job_before_was(place: Pla
 def test_one_question_to_slurm_serves_all_runs(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(5):
         place.run(f"r{number}", job=str(number))
-    place.queue("3|RUNNING|None|n1|N/A|" + TOKEN)
+        tell(place.folder / f"r{number}", "submitted", "started")
+    place.queue("3|RUNNING|None|n1|N/A|" + TOKEN + "|r3")
     (place.folder / "no_run").mkdir()
     assert place.type("list") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -124,7 +165,7 @@ def test_table_tells_progress_by_value_and_fits_a_terminal(place: Place, capsys:
     run = place.run("a_run_whose_name_is_far_too_long_for_most_tables")
     tell(run, "submitted", "started", "stopped:preempted", "requeued", "started")
     report(run, {"step": 100, "train/loss": 0.51239, "speed/images_per_s": 812.4, "speed/step_seconds": 18.0})
-    place.queue("12|RUNNING|None|n[1-2]|N/A|" + TOKEN)
+    place.queue("12|RUNNING|None|n[1-2]|N/A|" + ONE)
     assert place.type("list") == 0
     header, line = capsys.readouterr().out.splitlines()
     assert line.split()[:-2] == [
@@ -137,14 +178,17 @@ def test_table_tells_progress_by_value_and_fits_a_terminal(place: Place, capsys:
         assert sum(widths) + 2 * (len(widths) - 1) <= width
         assert [column.title for column in columns][:2] == ["run", "state"]
     assert tables.fitting(found, None)[0] == list(tables.COLUMNS)
+    assert tables.COLOURS["CANCELLED"] == tables.COLOURS["cancelled"]
     assert header.split() == " ".join(column.title for column in tables.COLUMNS).split()
 
 
 def test_status_page_tells_all_of_one_run(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     run = place.run("one")
-    tell(run, "submitted", "started", "stopped:preempted", "requeued", "started", "stopped:time limit", "submitted")
-    events.note(run, "started", "again", attempt=3, nodes=["n3"], step=100)
-    events.note(run, "node-excluded", "n4 is bad", node="n4")
+    earlier = ("submitted", "started", "stopped:preempted", "requeued", "started", "stopped:time limit")
+    tell(run, *earlier, token="slurm-20261123-000000-ffff")
+    tell(run, "submitted")
+    events.note(run, "started", "again", attempt=3, nodes=["n3"], step=100, token=TOKEN)
+    events.note(run, "node-excluded", "n4 is bad", node="n4", token=TOKEN)
     report(
         run,
         {"step": 50, "val/top1": 61.5, "val/loss": 1.5},
@@ -155,7 +199,7 @@ def test_status_page_tells_all_of_one_run(place: Place, capsys: pytest.CaptureFi
     newest = run / "checkpoints" / "step_00000090"
     newest.mkdir(parents=True)
     (newest / "manifest.json").write_text(json.dumps({"progress": {"best_metric": 61.5, "best_step": 50}}))
-    place.queue("12|RUNNING|None|n3|N/A|" + TOKEN)
+    place.queue("12|RUNNING|None|n3|N/A|" + ONE)
     assert place.type("status", "one") == 0
     page = capsys.readouterr().out
     told = dict(line.split("  ", 1) for line in page.split("\n\n")[0].splitlines() if line[0] != " ")
@@ -196,9 +240,99 @@ def test_the_total_is_read_from_the_line_that_training_writes(tmp_path: Path) ->
     assert progress.last_report(log) == (2, 10, 1250)
 
 
+def test_the_total_is_found_before_much_other_output_but_not_at_any_price(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launch import progress
+
+    log = tmp_path / "rank-0.log"
+    chatter = "n1:12:34 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/IPC\n"
+    line = REPORT.format(step=100) + "\n"
+    for block in range(1, 120, 7):  # wherever the line is cut
+        monkeypatch.setattr(progress, "LOG_BLOCK_BYTES", 300 + block)
+        log.write_text(chatter + line + chatter * 20)
+        assert progress.last_report(log) == (2, 10, 500)
+    log.write_text(line + line.replace("500", "600") + chatter * 20)
+    assert progress.last_report(log) == (2, 10, 600), "not the last one"
+    monkeypatch.setattr(progress, "LOG_SEARCH_BYTES", 500)
+    assert progress.last_report(log) == (None, None, None)
+
+
+def test_time_left_is_told_only_while_it_trains(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    run = place.run("one")
+    tell(run, "submitted", "started")
+    report(run, {"step": 100, "train/loss": 0.5, "speed/step_seconds": 9.0})
+    for state, left in (("RUNNING", 3600.0), ("PENDING", None), ("COMPLETING", None)):
+        place.queue(f"12|{state}|None||N/A|{ONE}")
+        (found,) = status.collect([run])
+        assert found.seconds_left == left
+        place.type("status", "one")
+        assert ("1 h 00 min left" in capsys.readouterr().out) == (left is not None)
+        assert tables.fitting([found], None)[1][0][6] == ("1.0 h" if left else "-")
+
+
+def test_expected_start_is_told_in_this_machines_time(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.run("one")
+    place.queue("12|PENDING|Priority||2026-11-24T05:36:12|" + ONE)
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        place.type("status", "one")
+        assert "to start at 2026-11-24 14:36:12" in capsys.readouterr().out, "Slurm is asked for UTC"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_jobs_of_other_users_are_not_called_vanished(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, story in (("theirs", "started"), ("ended", "finished"), ("mine", "started")):
+        tell(place.run(name), "submitted", story)
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    monkeypatch.setattr(status, "owner", lambda run: 1000 if run.name == "mine" else 2000)
+    found = {one.name: one for one in status.collect(status.all_runs(place.folder))}
+    assert {name: (one.state, one.is_active) for name, one in found.items()} == {
+        "theirs": ("unknown", None), "ended": ("finished", False), "mine": ("vanished", False),
+    }  # fmt: skip
+    assert [len(found[name].problems) for name in ("theirs", "ended", "mine")] == [1, 0, 0]
+    status.collect([place.folder / "theirs"])
+    assert "--user=1000,2000" in place.called("squeue")[-1], "squeue ignores users who are not known here"
+    place.command("sacct", "12|TIMEOUT|theirs")
+    assert {one.name: one.state for one in status.collect(status.all_runs(place.folder))}["theirs"] == "TIMEOUT"
+
+
+def test_what_cannot_be_read_of_a_run_hides_no_other(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(("no_log", "no_record", "no_story", "whole")):
+        tell(place.run(name, job=str(number)), "submitted", "started", "stopped:time limit")
+    for name, file in (("no_story", "events.jsonl"), ("no_log", "metrics.jsonl"), ("no_record", "job.json")):
+        (place.folder / name / file).unlink(missing_ok=True)
+        (place.folder / name / file).mkdir()  # root can read whatever is a file
+    assert place.type("list") == 0
+    said = capsys.readouterr()
+    states = [line.rsplit(maxsplit=11)[0].split(maxsplit=1) for line in said.out.splitlines()[1:]]
+    assert {line[0]: line[1].split()[0] for line in states} == {
+        "no_log": "stopped", "no_record": "damaged", "no_story": "unknown", "whole": "stopped",
+    }  # fmt: skip
+    for name, file in (("no_story", "events.jsonl"), ("no_log", "metrics.jsonl"), ("no_record", "job.json")):
+        assert f"{place.folder / name / file}" in said.err
+    place.queue(f"2|RUNNING|None|n1|N/A|{TOKEN}|no_story")
+    (found,) = status.collect([place.folder / "no_story"])
+    assert (found.state, found.is_active) == ("RUNNING", True)
+
+
+def test_a_run_that_is_deleted_meanwhile_hides_no_other(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone, whole = place.run("gone"), place.run("whole")
+    tell(whole, "submitted", "started", "finished")
+    real = status.owner
+    monkeypatch.setattr(status, "owner", lambda run: real(place.folder / "nothing" if run == gone else run))
+    assert [found.state for found in status.collect([gone, whole])] == ["never started", "finished"]
+
+
 def test_damage_is_said_and_concerns_one_run_only(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     broken, whole = place.run("broken"), place.run("whole", "local")
     (broken / "job.json").write_text("{")
+    tell(whole, "started")
     report(whole, {"step": 5, "train/loss": 1.0})
     with (whole / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "trai\n{"step": 7, "train/loss": 2.0}\n{"step": 8')
@@ -238,7 +372,8 @@ def test_a_held_lock_makes_a_local_run_active(
     if not linux_lists_it:
         monkeypatch.setattr(status, "is_listed", lambda descriptor: False)
     run = place.run("one", "local")
-    tell(run, "submitted", "started", "finished", "submitted")
+    tell(run, "submitted", "started", "finished", token="local-20261123-000000-ffff")
+    tell(run, "submitted", "started")
     with held(run) as process:
         (found,) = status.collect([run])
         assert (found.state, found.is_active) == ("running", True)

@@ -1,4 +1,4 @@
-"""`launch/jobs.py` logs, events, cancel, resume and tensorboard."""
+"""`launch/jobs.py` logs, events, resume and tensorboard."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import types
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY, wait_for
-from run_folders import TOKEN, Place, held, tell
+from run_folders import ONE, Place, held, tell
 
 import launch
 from launch import events, follow, program, status
@@ -84,24 +85,91 @@ def test_a_log_that_was_emptied_is_followed_from_its_beginning(
 ) -> None:
     log = tmp_path / "rank-0.log"
     log.write_text("new\n")
-    follow.follow(log, begin=100, has_ended=lambda: True)
+    follow.follow(follow.Log(log, begin=100), has_ended=lambda: True)
     assert capsys.readouterr().out == "new\n"
+
+
+class Counted:
+    """A file of which every read is noted."""
+
+    def __init__(self, file: Any, asked: list[int]):
+        self.file, self.asked, self.seek = file, asked, file.seek
+
+    def __enter__(self) -> Counted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def read(self, size: int = -1) -> bytes:
+        """As of a file."""
+        self.asked.append(size)
+        return self.file.read(size)
+
+
+def test_a_long_log_is_read_in_pieces_and_each_of_them_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "rank-0.log"
+    text = "".join(f"line {number}, ä\n" for number in range(2000))
+    log.write_text(text)
+    asked: list[int] = []
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, mode: Counted(opened(path, mode), asked))
+    monkeypatch.setattr(follow, "BLOCK_BYTES", 1000)
+    begin = follow.last_lines(log, 1500)
+    assert text.encode()[begin:].decode() == "".join(text.splitlines(keepends=True)[-1500:])
+    assert 0 < min(asked) <= max(asked) <= 1000
+    assert sum(asked) < len(text.encode()) + 1000
+    asked.clear()
+    follow.Log(log).show()
+    assert capsys.readouterr().out == text
+    assert max(asked) == 1000
 
 
 def test_a_requeued_job_is_followed_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "ASK_SECONDS", 0.0)
     run = place.run("one")
-    watch = follow.Watch(run)
+    watch = follow.Watch([run])
     tell(run, "submitted", "started", "stopped:preempted", "requeued")
-    place.queue("12|PENDING|BeginTime||N/A|" + TOKEN)
+    place.queue("12|PENDING|BeginTime||N/A||one" + ONE)
     assert not watch.has_ended()
     place.command("squeue", errors="Unable to contact slurm controller", code=1)
     assert not watch.has_ended()
-    place.queue("12|COMPLETING|None|n1|N/A|" + TOKEN)
+    place.queue("12|COMPLETING|None|n1|N/A|" + ONE)
     assert not watch.has_ended()
     tell(run, "started", "finished")
     assert watch.has_ended()
-    assert watch.state == "finished"
+    assert watch.found[0].end == "finished"
+
+
+def test_a_cancelled_run_is_followed_until_it_has_saved(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "LEAVING_SECONDS", 0.0)
+    run = place.run("one")
+    watch = follow.Watch([run])
+    tell(run, "submitted", "started", "cancelled", "stopped:cancelled")
+    place.queue("12|COMPLETING|None|n1|N/A|" + ONE)
+    assert not watch.has_ended()
+    place.queue("12|CANCELLED|None|n1|N/A|" + ONE)
+    assert watch.has_ended()
+    assert watch.found[0].end == "cancelled"
+
+
+def test_a_run_whose_record_is_damaged_is_not_followed_for_good(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "follow", lambda *_: pytest.fail("it is followed"))
+    (place.run("one") / "job.json").write_text("{")
+    assert place.type("logs", "-f", "one") == program.KNOWN_ERROR
+    assert "job.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_that_slurm_still_runs_has_ended_when_it_says_so(place: Place) -> None:
+    run = place.run("one")
+    tell(run, "submitted", "started", "finished")
+    place.queue("12|RUNNING|None|n1|N/A|" + ONE)
+    (found,) = status.collect([run])
+    assert (found.state, found.has_left, found.end) == ("RUNNING", True, "finished")
 
 
 def test_events_are_a_timeline(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,61 +185,6 @@ def test_events_are_a_timeline(place: Place, capsys: pytest.CaptureFixture[str])
     ]
     assert place.type("events", "one", "--json") == 0
     assert json.loads(capsys.readouterr().out) == events.read(run)
-
-
-def test_cancel_notes_it_and_then_tells_slurm(
-    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = place.run("one")
-    place.queue("12|RUNNING|None|n[1-2]|N/A|" + TOKEN)
-    place.command("scancel", before=f"grep -c cancelled {run}/events.jsonl > {run}/noted.$1")
-    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: False))
-    assert place.type("cancel", "one") == program.KNOWN_ERROR
-    assert "--yes" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr("builtins.input", lambda question: "n")
-    assert place.type("cancel", "one") == 1
-    assert "nothing was changed" in capsys.readouterr().out
-    assert events.read(run) == []
-    monkeypatch.setattr("builtins.input", lambda question: "y")
-    assert place.type("cancel", "one") == 0
-    assert "RUNNING on n[1-2]" in capsys.readouterr().out
-    assert (run / "noted.12").read_text() == "1\n"
-    (noted,) = events.read(run)
-    assert (noted["event"], noted["job"], noted["token"]) == ("cancelled", "12", TOKEN)
-    place.command("scancel", errors="Access/permission denied", code=1)
-    assert place.type("cancel", "one", "--yes") == program.KNOWN_ERROR
-    assert "Access/permission denied" in capsys.readouterr().err
-
-
-def test_cancel_changes_nothing_where_the_job_is_gone(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    run = place.run("one")
-    tell(run, "submitted", "started", "stopped:preempted")
-    place.command("scancel")
-    before = events.read(run)
-    assert place.type("cancel", "one", "--yes") == program.KNOWN_ERROR
-    assert "is not active (stopped)" in capsys.readouterr().err
-    assert events.read(run) == before
-    assert place.called("scancel") == []
-
-
-def test_cancel_interrupts_the_launcher_on_this_machine_only(
-    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = place.run("one", "local")
-    with held(run) as process:
-        with monkeypatch.context() as elsewhere:
-            elsewhere.setattr(status, "this_host", lambda: "another")
-            assert place.type("cancel", "one", "--yes") == program.KNOWN_ERROR
-            assert f"held by process {process.pid} on {socket.gethostname()}" in capsys.readouterr().err
-        lock = run / "run.lock"
-        lock.write_text(lock.read_text().replace(str(process.pid), str(os.getpid())))  # a number that was given again
-        assert place.type("cancel", "one", "--yes") == program.KNOWN_ERROR
-        lock.write_text(lock.read_text().replace(str(os.getpid()), str(process.pid)))
-        assert process.poll() is None
-        assert place.type("cancel", "one", "--yes") == 0
-        assert process.wait(timeout=60) == 7
-    assert place.called("squeue") == []
 
 
 def test_resume_hands_the_run_over_unless_there_is_nothing_to_resume(
