@@ -35,7 +35,8 @@ fi
 """
 CHECK_NODES = r"""
 health=$run/jobs/$token.${SLURM_RESTART_COUNT:-0}.health
-timeout --kill-after=10 "$health_timeout" srun %s "$python" "$code/slurm/health_check.py" --report "$health" %s
+timeout --kill-after=10 "$health_timeout" srun %s "$python" "$code/slurm/health_check.py" \
+  --report "$health" --now "$(date +%%s.%%N)" --limit "$health_timeout" %s
 judged=$("${attempt[@]}" nodes)
 [ $? -lt 128 ] || exit 1  # Slurm has ended it, and this job with it
 eval "$judged"
@@ -151,7 +152,7 @@ def parameters(job: SlurmJob) -> dict[str, Any]:
         "comment": job.token,
         "nodes": layout.nodes,
         "ntasks_per_node": layout.processes_per_node,
-        "gpus_per_node": layout.processes_per_node if layout.use_gpus else None,
+        "gpus_per_node": gpus(layout, profile),
         "exclusive": profile.exclusive or None,
         "stderr_to_stdout": True,
         "additional_parameters": options(profile)
@@ -170,6 +171,13 @@ def parameters(job: SlurmJob) -> dict[str, Any]:
         "setup": setup(job),
         "teardown": AFTER.strip().splitlines(),
     }  # fmt: skip
+
+
+def gpus(layout: Layout, profile: Profile) -> str | None:
+    """GPUs of a node as sbatch wants them named, with their type where the profile says one."""
+    if not layout.use_gpus:
+        return None
+    return f"{profile.gpu_type}:{layout.processes_per_node}" if profile.gpu_type else str(layout.processes_per_node)
 
 
 def requested(profile: Profile) -> dict[str, Any]:

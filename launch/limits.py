@@ -98,6 +98,18 @@ def partition(layout: Layout, profile: Profile, lead: int | None = None) -> None
         raise LaunchError(str(complaints[0]))
 
 
+def preemption(profile: Profile) -> Iterator[str]:
+    """A warning for each partition asked for that ends preempted jobs, instead of requeueing them."""
+    known = partitions()
+    for name in chosen_partitions(asked(profile, "partition", "SBATCH_PARTITION"), known):
+        mode, grace = known[name].get("PreemptMode", ""), known[name].get("GraceTime", "0")
+        if "CANCEL" in mode.split(","):
+            yield (
+                f"partition {name} preempts by PreemptMode=CANCEL: a run that has not saved within {grace} s of grace "
+                "stays away until `launch/jobs.py resume`"
+            )
+
+
 def asked(profile: Profile, option: str, variable: str) -> Any:
     """What sbatch is asked for under this option, by the profile or by the shell's variable; None where it is not."""
     value = getattr(profile, option)

@@ -74,8 +74,10 @@ def excluded(job: str) -> list[str]:
 def scontrol(*words: str) -> str | None:
     """Nothing where a request was granted, else the refusal in Slurm's words; None where there is no answer."""
     answer = cluster.ask("scontrol", *words)
-    if answer is None or answer.returncode == 0:
-        return answer and ""
+    if answer is None:
+        return None
+    if answer.returncode == 0:
+        return ""
     return " ".join((answer.stdout + answer.stderr).split()) or "refused"
 
 

@@ -56,7 +56,7 @@ def check(request: Request) -> Checked:
     checks.augmentation(config)
     limits.no_secrets(config)
     found = checks.problems(lambda: checks.samples(config), lambda: checks.output_folder(config))
-    warnings = []
+    warnings: list[str] = []
     if where.cluster == "slurm":
         lead = limits.signal_lead(profile, request.run)
         found += checks.problems(
@@ -64,8 +64,10 @@ def check(request: Request) -> Checked:
             lambda: limits.memory(config, where, network, profile),
         )
         if shutil.which("scontrol"):  # a dry run needs no Slurm
-            found += checks.problems(lambda: limits.partition(where, profile))
-        warnings = [warning for warning in (limits.shared_folder(request.run, where.nodes),) if warning]
+            found += checks.problems(
+                lambda: limits.partition(where, profile, lead), lambda: warnings.extend(limits.preemption(profile))
+            )
+        warnings += [warning for warning in (limits.shared_folder(request.run, where.nodes),) if warning]
         if not profile.cpus_per_task:
             warnings.append("no --cpus-per-task: Slurm gives each process one core, which decodes images slowly")
     return Checked(network, found, warnings)
@@ -100,8 +102,9 @@ def resume(run: Path) -> int:
         snapshot.check_unchanged(code_of(record))
         if record.cluster == "slurm":
             profile = profiles.from_plain(record.profile)
-            limits.partition(layout_of(record), profile)
-            limits.time_allows_lead(profile, limits.signal_lead(profile, run))  # saves may have grown slower
+            lead = limits.signal_lead(profile, run)  # saves may have grown slower
+            limits.time_allows_lead(profile, lead)
+            limits.partition(layout_of(record), profile, lead)
         return launch(run, renewed(record), lock)
 
 

@@ -80,7 +80,8 @@ def requested(chosen: argparse.Namespace) -> list[Request]:
 
 def chosen_profile(chosen: argparse.Namespace) -> profiles.Profile:
     """The profile, under what the command line says."""
-    return profiles.load(chosen.profile, {name: getattr(chosen, name) for name in options.FROM_COMMAND_LINE})
+    typed = {name: getattr(chosen, name) for name in options.FROM_COMMAND_LINE}
+    return profiles.load(chosen.profile, typed, ask_slurm=chosen.cluster != "local")
 
 
 def show(request: Request, found: Checked) -> str:

@@ -68,6 +68,10 @@ def test_options_of_the_command_line_reach_sbatch(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_gpus_are_asked_for_by_their_type_where_the_profile_says_one(tmp_path: Path) -> None:
+    assert "--gpus-per-node=h100:4" in options(batch_script.text(job(tmp_path, gpu_type="h100")))
+
+
 def test_cpu_job_asks_for_no_gpus(tmp_path: Path) -> None:
     text = batch_script.text(job(tmp_path, use_gpus=False))
     assert not [option for option in options(text) if option.startswith("--gpus")]
@@ -113,7 +117,7 @@ def test_container_stands_before_the_python_of_the_ranks_alone(tmp_path: Path) -
 
 def test_health_check_is_asked_for_as_the_profile_says(tmp_path: Path) -> None:
     def line(**profile: object) -> list[str]:
-        text = batch_script.text(job(tmp_path, **profile))
+        text = batch_script.text(job(tmp_path, **profile)).replace("\\\n", " ")
         return next((line for line in text.splitlines() if "health_check.py" in line), "").split()
 
     plain = line(scratch={"/nvme": 500.0})
@@ -125,6 +129,7 @@ def test_health_check_is_asked_for_as_the_profile_says(tmp_path: Path) -> None:
     ]
     assert plain[plain.index("--free") + 1] == "/nvme=500.0"
     assert plain[plain.index("--token") + 1] == TOKEN
+    assert plain[plain.index("--limit") + 1] == '"$health_timeout"'
     measured = line(health={"matmul_tflops": 400, "allreduce_gb_s": 80.0})
     assert {"--ntasks=8", "--ntasks-per-node=4", "--matmul-tflops", "--allreduce-gb-s", "80.0"} <= set(measured)
     assert line(health={"enabled": False}) == []

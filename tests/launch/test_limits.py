@@ -26,7 +26,7 @@ esac
 """
 PARTITIONS = """\
 PartitionName=gpu AllowAccounts=vision AllowQos=ALL DefaultTime=00:03:20 Default=YES QoS=N/A MaxNodes=3 MaxTime=1-00:00:00 MinNodes=0 State=UP TotalNodes=4
-PartitionName=long AllowAccounts=ALL AllowQos=day DefaultTime=NONE Default=NO QoS=N/A MaxNodes=UNLIMITED MaxTime=UNLIMITED MinNodes=2 State=UP TotalNodes=2
+PartitionName=long GraceTime=5 PreemptMode=CANCEL AllowAccounts=ALL AllowQos=day DefaultTime=NONE Default=NO QoS=N/A MaxNodes=UNLIMITED MaxTime=UNLIMITED MinNodes=2 State=UP TotalNodes=2
 PartitionName=old Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED State=DRAIN TotalNodes=2
 PartitionName=off Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED State=INACTIVE TotalNodes=2
 PartitionName=down Default=NO MaxNodes=UNLIMITED MaxTime=00:03:00 DefaultTime=NONE State=DOWN TotalNodes=2
@@ -333,3 +333,12 @@ def test_folder_that_other_nodes_hardly_see_is_warned_about(
     )
     assert limits.shared_folder(Path(run), 1) is None
     assert limits.shared_folder(Path("/shared/runs/a"), 2) is None
+
+
+@pytest.mark.usefixtures("answers")
+def test_partition_that_ends_preempted_jobs_is_warned_of() -> None:
+    assert list(limits.preemption(Profile(partition="gpu"))) == []
+    assert list(limits.preemption(Profile(partition="gpu,long"))) == [
+        "partition long preempts by PreemptMode=CANCEL: a run that has not saved within 5 s of grace stays away until "
+        "`launch/jobs.py resume`"
+    ]
