@@ -13,11 +13,12 @@ from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 
 from launch import cluster, local, prepare_job, runs
+from launch.converter import WRONG_USAGE
 from launch.layout import count
 from launch.prepare_job import PrepareJob
 from launch.signals import Noted
 
-ERROR, WRONG_USAGE, LEFT_OUT, INTERRUPTED = 1, 2, 3, 130
+ERROR, LEFT_OUT, INTERRUPTED = 1, 3, 130
 """Exit statuses of the converters."""
 
 
@@ -27,7 +28,7 @@ def run(job: PrepareJob, max_retries: int = 0) -> int:
     `max_retries`: how often a part that failed is started again. Raises LaunchError where something stands against the
     job, or where the folder is being prepared already.
     """
-    prepare_job.refuse(job)
+    prepare_job.refuse(prepare_job.problems(job))
     at_once, _ = shares(job)
     with runs.locked(job.folder) as lock:
         prepare_job.not_active(job)
@@ -75,7 +76,7 @@ def shares(job: PrepareJob) -> tuple[int, list[str]]:
 def command(job: PrepareJob, code: Path, *own: str) -> list[str]:
     """The converter of a snapshot; what was typed goes before `own` arguments such as --jobs."""
     converter, *typed = job.arguments
-    return [sys.executable, str(code / "launch" / "prepare_job.py"), converter, *own, *typed]
+    return [sys.executable, str(code / "launch" / "converter.py"), converter, *own, *typed]
 
 
 def start_part(job: PrepareJob, code: Path, work: str, logs: Path, lock: int) -> Popen[bytes]:

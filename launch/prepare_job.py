@@ -5,15 +5,13 @@
         prepare_job.json           the last submission: its token, the numbers of its jobs, what was asked for
         code/DIGEST/               the code that the jobs run, see launch/snapshot.py
         jobs/NUMBER_submission.sh  what sbatch was given
-        jobs/TOKEN.part-3.crashes  how often that part failed
+        jobs/TOKEN.part-3.crashes  how often that part failed since it last finished a shard
+        jobs/TOKEN.part-3.shards   a line for each shard that its present attempt has finished
         logs/part-3.log            appended by every attempt, as is logs/merge.log
 
 Every element of the array makes one part. It may be ended at any moment: finished shards stay, and the next attempt
 makes the others. An element that was preempted or met its time limit asks to be requeued; one that failed does so a
-bounded number of times. The merge waits until all parts have ended well.
-
-As a program this file is `python -m data_pipeline.prepare` of the snapshot that it lies in, whatever the folder that it
-is started in.
+bounded number of times in a row without a finished shard of its own. The merge waits until all parts have ended well.
 """
 
 from __future__ import annotations
@@ -24,18 +22,15 @@ import io
 import json
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if not __package__:  # started as a file: what is imported must come from beside it, and `launch` is a package
-    here = Path(__file__).resolve().parent
-    sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
-
 from launch import batch_script, cluster, runs, slurm_queue, snapshot
-from launch.layout import count
+from launch.layout import Layout, count
 from launch.runs import LaunchError
 
 if TYPE_CHECKING:
@@ -52,9 +47,10 @@ MOST_PARTS = 999_999
 
 BEFORE = r"""
 say() { echo "$(date '+%F %T')  $*"; }
-shards() { find "$out" -name 'shard-*.idx' 2>/dev/null | wc -l; }
 say "$work: attempt ${SLURM_RESTART_COUNT:-0} of job $number on $SLURM_JOB_NODELIST"
-before=$(shards) converter= stopped=
+export DGT_FINISHED_SHARDS=$folder/jobs/$token.$work.shards
+rm -f "$DGT_FINISHED_SHARDS"
+converter= stopped=
 trap 'stopped=yes; [ -z "$converter" ] || kill "$converter" 2>/dev/null' USR2  # the time limit is near
 """
 
@@ -65,7 +61,8 @@ wait "$converter"
 status=$?
 if [ "$status" -gt 128 ] && [ -n "$stopped" ]; then wait "$converter"; status=$?; fi  # it ended the waiting
 crashes_file=$folder/jobs/$token.$work.crashes
-field() { scontrol show job "$number" 2>/dev/null | grep -oP "(?<=\b$1=)\S+"; }
+field() { env -u SLURM_CLUSTERS SLURM_TIME_FORMAT=standard scontrol show job "$number" 2>/dev/null \
+  | grep -oP "(?<=\b$1=)\S+"; }
 requeue() {
   say "$work $1: asking for a requeue; finished shards are kept"
   "$python" "$code/launch/requeue.py" "$number"  # Slurm ends this script meanwhile
@@ -73,12 +70,15 @@ requeue() {
 }
 case $status in
   0) say "$work: done"; exit 0 ;;
-  2) say "$work: the converter does not take these arguments, see above"; exit 2 ;;
+  64) say "$work: the converter does not take these arguments, see above"; exit 2 ;;
   3) say "$work: done; some images could not be read and are left out, see $out/left_out.jsonl"; exit 0 ;;
 esac
 preempted=$(field PreemptTime)
 if [[ "$preempted" == [0-9]* && ! "$preempted" < "$(field StartTime)" ]]; then requeue "was preempted"; fi
-if [ -n "$stopped" ] && [ "$(shards)" -gt "$before" ]; then requeue "stopped before its time limit"; fi
+if [ -s "$DGT_FINISHED_SHARDS" ]; then
+  rm -f "$crashes_file"
+  if [ -n "$stopped" ]; then requeue "stopped before its time limit"; fi
+fi
 why="failed with status $status"
 if [ -n "$stopped" ]; then why="stopped before its time limit, without a finished shard"; fi
 crashes=$(($(cat "$crashes_file" 2>/dev/null || echo 0) + 1))
@@ -195,6 +195,27 @@ def problems(job: PrepareJob) -> list[str]:
     return found
 
 
+def for_parts(profile: Profile, typed: Mapping[str, Any]) -> Profile:
+    """The profile as parts want it: its `mem` and `constraint` are meant for GPU nodes, and only those `typed` count.
+
+    `typed`: options of the command line by their names in the profile, None where they were not given.
+    """
+    return replace(profile, mem=typed.get("mem"), constraint=typed.get("constraint"))
+
+
+def refused_by_slurm(profile: Profile) -> list[str]:
+    """Why no partition would run a part, one sentence; empty where one would, or where there is no Slurm to ask."""
+    from launch import limits
+
+    if shutil.which("scontrol") is None:  # a dry run needs no Slurm
+        return []
+    try:
+        limits.partition(Layout("slurm", 1, 1, use_gpus=False), profile)
+    except LaunchError as error:
+        return [str(error)]
+    return []
+
+
 def show(job: PrepareJob, profile: Profile) -> str:
     """Both batch scripts as they would be submitted, and what stands against it; needs no Slurm, and writes nothing."""
     code = job.folder / "code" / "DIGEST"
@@ -203,7 +224,7 @@ def show(job: PrepareJob, profile: Profile) -> str:
         executor = batch_script.executor(job.folder, asked(job, profile, step, code, "TOKEN"))
         text = executor._make_submission_file_text(command(job, profile, step, code), "")
         shown.append(f"==== {step.name} ====\n{text}\n")
-    return "\n".join([*shown, *(f"problem: {problem}" for problem in problems(job))])
+    return "\n".join([*shown, *(f"problem: {problem}" for problem in problems(job) + refused_by_slurm(profile))])
 
 
 def described(job: PrepareJob) -> str:
@@ -217,7 +238,7 @@ def submit(job: PrepareJob, profile: Profile) -> tuple[str, str]:
     The token is noted before Slurm hears of it: where this program dies in between, the next one finds the jobs in the
     queue by their comment. Raises LaunchError where an earlier submission is active, or where Slurm refuses.
     """
-    refuse(job)
+    refuse(problems(job) + refused_by_slurm(profile))
     token = runs.new_token("slurm")
     with runs.locked(job.folder):
         not_active(job)
@@ -245,9 +266,8 @@ def send(job: PrepareJob, profile: Profile, step: Step, code: Path, token: str) 
     )  # fmt: skip
 
 
-def refuse(job: PrepareJob) -> None:
+def refuse(found: list[str]) -> None:
     """Raises LaunchError where something stands against the job."""
-    found = problems(job)
     if found:
         raise LaunchError("; ".join(found))
 
@@ -255,8 +275,8 @@ def refuse(job: PrepareJob) -> None:
 def not_active(job: PrepareJob) -> None:
     """Raises LaunchError where a job of the last submission waits or runs, or where that cannot be known."""
     path = job.folder / RECORD_FILE
-    token = (runs.read_json(path) or {}).get("token")
-    if token is None:
+    record = runs.read_json(path) or {}
+    if "token" not in record:
         return
     queue = slurm_queue.ask([path.stat().st_uid])
     if queue.problem:
@@ -264,10 +284,17 @@ def not_active(job: PrepareJob) -> None:
             f"{queue.problem}, and {path} names jobs that may be preparing {job.out}. Remove it if you know that they "
             "have ended"
         )
-    active = [entry.number for entry in queue.entries if entry.comment == token and entry.is_active]
+    active = [entry.number for entry in queue.entries if entry.is_active and is_job_of(record, entry)]
     if active:
         more = f" and {len(active) - 1} more" if len(active) > 1 else ""
         raise LaunchError(f"{job.out} is being prepared: Slurm job {active[0]}{more}. Wait for the end, or scancel it")
+
+
+def is_job_of(record: Mapping[str, Any], entry: slurm_queue.Entry) -> bool:
+    """Whether a job in the queue is of a recorded submission, or may be: a cluster can put its own comment on jobs."""
+    number = entry.number.split("_")[0]
+    is_recorded = bool(number) and number in (record.get("array"), record.get("merge"))
+    return entry.comment == record["token"] or (is_recorded and not entry.comment.startswith("slurm-"))
 
 
 def take_snapshot(job: PrepareJob) -> Path:
@@ -356,16 +383,5 @@ def command(job: PrepareJob, profile: Profile, step: Step, code: Path) -> str:
         prefix = [*step_of_its_own, *shlex.split(profile.container_command or "")]
         python = [*batch_script.in_container(prefix, profile), profile.container_python]
     converter, *typed = job.arguments
-    started = shlex.join([*python, str(code / "launch" / "prepare_job.py"), converter])
+    started = shlex.join([*python, str(code / "launch" / "converter.py"), converter])
     return f"{started} {step.own} {shlex.join(typed)} &"
-
-
-def main() -> int:
-    """The converters, from the folder that this file lies in."""
-    from data_pipeline.prepare import main as prepare
-
-    return prepare()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from conftest import REPOSITORY, wait_for
 from PIL import Image
 
 from data_pipeline.prepare import main as prepare
-from launch import cluster, prepare_here, prepare_job, profiles
+from launch import cluster, converter, prepare_here, prepare_job, profiles
 from launch.local_slurm import LocalSlurm
 from launch.prepare_job import PrepareJob
 from launch.profiles import Profile
@@ -24,6 +26,25 @@ from launch.runs import LaunchError
 from launch.signals import Noted
 
 SHARDS_OF_TWO = ("--shard-size", "2")
+CONVERTER_PROGRAM = str(REPOSITORY / "launch" / "converter.py")
+
+
+PARTITION = "PartitionName=cpu AllowQos=ALL Default=YES QoS=N/A MaxNodes=4 MaxTime=8:00:00 State=UP TotalNodes=1"
+
+
+@pytest.fixture(autouse=True)
+def partitions(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Slurm that knows one partition, with a node of eight cores, where a test does not use the real one."""
+    if "slurm" in request.fixturenames:
+        return
+    folder = tmp_path / "partitions"
+    folder.mkdir()
+    for name, text in (("scontrol", PARTITION), ("sinfo", "n1|8|64000|(null)|(null)")):
+        (folder / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    for name in ("SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_TIMELIMIT"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -167,12 +188,41 @@ def test_dry_run_shows_both_scripts_and_writes_nothing(tmp_path: Path, monkeypat
     assert options(merge) == both | {
         "--cpus-per-task=1", f"--output={logs}/merge.log", "--dependency=afterok:ARRAY", "--job-name=merge-set",
     }  # fmt: skip
-    code = f"{work.folder}/code/DIGEST/launch/prepare_job.py imagefolder"
+    code = f"{work.folder}/code/DIGEST/launch/converter.py imagefolder"
     given = f"--src {tmp_path}/raw --out {tmp_path}/set --shard-size 2 --max-size 300 &"
     assert started(parts).endswith(f' {code} --jobs 8 --part "$SLURM_ARRAY_TASK_ID/16" {given}')
     assert started(merge).endswith(f" {code} --merge {given}")
     assert not work.folder.exists()
     assert not work.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"partition": "gpu"}, "partition gpu does not exist in this Slurm; did you mean cpu?"),
+        ({"time": "9:00:00"}, "partition cpu allows at most 8:00:00"),
+        ({"cpus_per_task": 9}, "partition cpu: nodes that have 9 CPUs or more (1 process x 9): 0 of 1"),
+    ],
+)
+def test_part_that_no_partition_would_run_is_refused(tmp_path: Path, values: dict[str, object], words: str) -> None:
+    asked = profile(**values)
+    assert f"problem: {words}" in prepare_job.show(job(tmp_path), asked)
+    with pytest.raises(LaunchError, match=re.escape(words)):
+        prepare_job.submit(job(tmp_path), asked)
+    assert not (tmp_path / "set.prepare").exists()
+
+
+def test_array_is_asked_for_a_node_a_part_however_many_parts_there_are(tmp_path: Path) -> None:
+    assert "problem" not in prepare_job.show(job(tmp_path, parts=500), profile(cpus_per_task=8)), "there is one node"
+
+
+def test_what_a_profile_asks_of_gpu_nodes_is_not_asked_for_parts(tmp_path: Path) -> None:
+    of_cluster = profile(mem="1T", constraint="h100", partition="cpu", account="a")
+    asked = prepare_job.for_parts(of_cluster, {"mem": None, "constraint": None, "partition": None, "config": "x"})
+    assert (asked.mem, asked.constraint, asked.partition, asked.account) == (None, None, "cpu", "a")
+    assert not {word for word in options(scripts(job(tmp_path), asked)[0]) if "mem" in word or "constraint" in word}
+    typed_too = prepare_job.for_parts(profile(mem="16G", constraint="fast"), {"mem": "16G", "constraint": "fast"})
+    assert (typed_too.mem, typed_too.constraint) == ("16G", "fast")
 
 
 def test_number_of_processes_is_typed_or_of_the_profile_or_what_slurm_gives(tmp_path: Path) -> None:
@@ -213,7 +263,11 @@ os.environ["ARGUMENTS"] = " ".join(sys.argv[1:])
 os.execvp("bash", ["bash", "-c", {act!r}])
 """
 SCONTROL = """#!/bin/bash
-if [ "$1" = show ]; then echo "$*: StartTime=2026-01-02T00:00:00 PreemptTime={preempted} EndTime=x"; exit; fi
+if [ "$1" = show ]; then
+  echo "JobId=12 JobState=$([ -e {folder}/refuse ] && echo COMPLETING || echo RUNNING) Restarts=0" \
+    "StartTime=2026-01-02T00:00:00 PreemptTime=$([ "$SLURM_TIME_FORMAT" = standard ] && echo {preempted}) EndTime=x"
+  exit
+fi
 echo "$*" >> {folder}/requeues
 if [ -e {folder}/refuse ]; then echo "Job is being cancelled" >&2; exit 1; fi
 kill -TERM -- -$(ps -o pgid= $$ | tr -d ' ')  # as Slurm ends the script of a job that it requeues, and its children
@@ -228,7 +282,7 @@ def execute(folder: Path, act: str, preempted: str = "None", merge: bool = False
     work, asked = job(folder), profile(max_retries=1)
     step = prepare_job.merge_step(work, "12") if merge else prepare_job.array_step(work, asked)
     for name, text in (
-        ("code/launch/prepare_job.py", CONVERTER.format(act=act)),
+        ("code/launch/converter.py", CONVERTER.format(act=act)),
         ("bin/scontrol", SCONTROL.format(folder=folder, preempted=preempted)),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -252,7 +306,8 @@ def execute(folder: Path, act: str, preempted: str = "None", merge: bool = False
 
 
 REQUEUED = ["requeue Incomplete 12_3"]
-FINISH_A_SHARD = "mkdir -p {folder}/set/train; touch {folder}/set/train/shard-000000.idx; "
+FINISH_A_SHARD = "echo shard-000002.idx >> $DGT_FINISHED_SHARDS; "
+SHARD_OF_ANOTHER_PART = "mkdir -p {folder}/set/train; touch {folder}/set/train/shard-000000.idx; "
 TIME_LIMIT = "kill -USR2 $PPID; exec sleep 60"
 
 
@@ -271,7 +326,20 @@ def test_merge_that_leaves_images_out_has_not_failed(tmp_path: Path) -> None:
 
 
 def test_arguments_that_the_converter_refuses_are_not_tried_again(tmp_path: Path) -> None:
-    assert execute(tmp_path, "exit 2")[:2] == (2, [])
+    assert execute(tmp_path, f"exit {converter.WRONG_USAGE}")[:2] == (2, [])
+
+
+def test_program_that_python_cannot_open_is_tried_again(tmp_path: Path) -> None:
+    assert execute(tmp_path, f"exec {sys.executable} /nowhere/converter.py")[1] == REQUEUED, "its status is 2, too"
+
+
+def test_program_ends_otherwise_than_python_where_the_converter_refuses_its_arguments(source: Path) -> None:
+    def status(*words: str) -> int:
+        return subprocess.run([sys.executable, CONVERTER_PROGRAM, *words], capture_output=True).returncode
+
+    assert status("imagefolder", "--nonsense") == converter.WRONG_USAGE
+    assert status("imagefolder", "--help") == 0
+    assert status(*typed(source / "nowhere", source.parent / "set")) == 1
 
 
 def test_killed_element_alone_is_requeued_a_bounded_number_of_times(tmp_path: Path) -> None:
@@ -299,18 +367,49 @@ def test_preemption_of_an_earlier_attempt_excuses_no_failure(tmp_path: Path) -> 
     assert (tmp_path / "set.prepare" / "jobs" / "TOKEN.part-3.crashes").read_text() == "1\n"
 
 
+def crashes(folder: Path) -> str | None:
+    """What is remembered of the failures of part 3."""
+    path = folder / "set.prepare" / "jobs" / "TOKEN.part-3.crashes"
+    return path.read_text() if path.exists() else None
+
+
 def test_time_limit_stops_the_converter_and_is_no_failure_where_a_shard_was_finished(tmp_path: Path) -> None:
-    status, requeues, said = execute(tmp_path, FINISH_A_SHARD.format(folder=tmp_path) + TIME_LIMIT)
-    assert (status, requeues) == (-15, REQUEUED)
+    execute(tmp_path, "exit 1")
+    assert crashes(tmp_path) == "1\n"
+    status, requeues, said = execute(tmp_path, FINISH_A_SHARD + TIME_LIMIT)
+    assert (status, requeues) == (-15, REQUEUED * 2)
     assert "part-3 stopped before its time limit: asking for a requeue" in said
-    assert not list((tmp_path / "set.prepare" / "jobs").iterdir())
+    assert crashes(tmp_path) is None, "the failure before counts no more"
+
+
+def test_failures_count_from_the_last_shard_on(tmp_path: Path) -> None:
+    for attempt in range(3):
+        status, requeues, said = execute(tmp_path, FINISH_A_SHARD + "exit 1")
+        assert (status, len(requeues)) == (-15, attempt + 1)
+        assert "part-3 failed with status 1 (failure 1, of which 1" in said
+    assert execute(tmp_path, "exit 1")[0] == 1, "the second in a row without a shard"
 
 
 def test_time_limit_too_short_for_a_shard_is_given_up(tmp_path: Path) -> None:
-    assert execute(tmp_path, TIME_LIMIT)[1] == REQUEUED
-    status, requeues, said = execute(tmp_path, TIME_LIMIT)
+    act = SHARD_OF_ANOTHER_PART.format(folder=tmp_path) + TIME_LIMIT
+    assert execute(tmp_path, act)[1] == REQUEUED
+    status, requeues, said = execute(tmp_path, act)
     assert (status, requeues) == (1, REQUEUED)
     assert "stopped before its time limit, without a finished shard; giving up after 2 failures" in said
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_converter_notes_the_shards_of_its_own_part_as_it_finishes_them(source: Path, processes: str) -> None:
+    noted, out = source.parent / "noted", source.parent / "set"
+    command = [sys.executable, CONVERTER_PROGRAM, *typed(source, out, "--jobs", processes, "--part", "2/3")]
+    environment = os.environ | {converter.FINISHED_VARIABLE: str(noted)}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    finished = sorted(Path(line) for line in noted.read_text().splitlines())
+    assert finished == sorted(out.glob("*/*.idx"))
+    assert len(finished) == 3
+    noted.unlink()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert not noted.exists(), "all shards were kept"
 
 
 def test_converter_that_ends_well_after_the_signal_is_done(tmp_path: Path) -> None:
@@ -360,7 +459,7 @@ def test_submission_records_itself_first_and_says_what_can_follow(
     assert calls.count(record["token"]) == 2, "sbatch was called before the token was recorded"
     (code,) = (work.folder / "code").iterdir()
     assert f"--comment={record['token']}" in (text := (work.folder / "jobs" / "42_submission.sh").read_text())
-    assert str(code / "launch" / "prepare_job.py") in text
+    assert str(code / "launch" / "converter.py") in text
     assert "--dependency=afterok:41" in text
     printed = capsys.readouterr().out
     assert "job array 41 makes 16 parts, job 42 merges them" in printed
@@ -384,6 +483,28 @@ def test_active_preparation_is_not_submitted_again_but_an_ended_one_is(fake_slur
             start()
     (tmp_path / "queue").write_text("")
     assert prepare_job.submit(work, profile()) == ("43", "44")
+
+
+@pytest.mark.parametrize(
+    ("number", "comment", "active"),
+    [
+        ("41_[2-16]", "project:vision", True),
+        ("42", "", True),
+        ("43", "project:vision", False),
+        ("42", "slurm-20260101-000000-abcd", False),
+    ],
+)
+def test_job_is_known_by_its_number_where_the_cluster_has_a_comment_of_its_own(
+    fake_slurm: Path, tmp_path: Path, number: str, comment: str, active: bool
+) -> None:
+    work = job(tmp_path)
+    prepare_job.submit(work, profile())
+    (tmp_path / "queue").write_text(f"{number}|PENDING|None||N/A|{comment}\n")
+    if active:
+        with pytest.raises(LaunchError, match=re.escape(f"is being prepared: Slurm job {number}. Wait")):
+            prepare_job.submit(work, profile())
+    else:
+        assert prepare_job.submit(work, profile()) == ("43", "44")
 
 
 def test_refused_merge_takes_the_parts_with_it(fake_slurm: Path, tmp_path: Path) -> None:
