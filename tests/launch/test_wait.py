@@ -112,8 +112,9 @@ def test_the_status_is_right_where_nobody_reads_what_is_shown(place: Place) -> N
         "import sys; from pathlib import Path; from launch import wait; sys.exit(wait.until_ended([Path(sys.argv[1])]))"
     )
     with os.fdopen(write, "wb") as closed:
-        done = subprocess.run([sys.executable, "-c", code, str(run)], cwd=REPOSITORY, stdout=closed)
-    assert done.returncode == 0
+        command = [sys.executable, "-c", code, str(run)]
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_ctrl_c_leaves_the_job_alone(
