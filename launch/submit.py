@@ -102,7 +102,7 @@ def prepare(chosen: argparse.Namespace) -> int:
     """Runs a converter as a job array, or here."""
     from launch import prepare_here, prepare_job
 
-    profile = chosen_profile(chosen)
+    profile = prepare_job.for_parts(chosen_profile(chosen), vars(chosen))
     work = prepare_job.parse(chosen.overrides, chosen.parts)
     slurm = chosen.cluster == "slurm" or (chosen.cluster == "auto" and layout.has_slurm())
     if chosen.dry_run:
