@@ -16,7 +16,7 @@ from launch.runs import JobRecord, LaunchError
 
 SLURM_TIMEOUT = 60
 """Seconds that a question to Slurm may take; the controller answers slowly when it is busy."""
-CHANGES_ANSWERS = ("SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+CHANGES_ANSWERS = ("SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_", "SCANCEL_", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
 """Beginnings of the names of variables that filter and format what Slurm's commands say."""
 ENDED = frozenset(
     (
@@ -102,7 +102,9 @@ def ask(*command: str, timeout: float = SLURM_TIMEOUT) -> subprocess.CompletedPr
     variables = {name: value for name, value in os.environ.items() if not name.startswith(CHANGES_ANSWERS)}
     variables |= {"SLURM_TIME_FORMAT": "standard", "TZ": "UTC", "LC_ALL": "C"}
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables)
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout, env=variables
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
 
