@@ -30,7 +30,7 @@ from launch.wait import show_events
 DATA, RUN = Path("data/digits"), Path("runs/slurm_demo")
 GUARD = Path("runs/.slurm_demo")
 """Its lock keeps a second demo out of the same place."""
-EPOCHS, STEPS_PER_EPOCH, BATCH = 4, 22, 64
+EPOCHS, STEPS_PER_EPOCH, BATCH = 3, 22, 64
 """Of 1,437 digits; the 29 that fill no batch are others in each epoch."""
 STEPS = EPOCHS * STEPS_PER_EPOCH
 SUBMIT = (
@@ -39,7 +39,7 @@ SUBMIT = (
     "checkpoint.every_steps=10", "monitor.log_every=1", "monitor.log_samples=true",
 )  # fmt: skip
 URGENT = ("sbatch", "--partition=high", "--exclusive", "--nodes=4", "--output=/dev/null", "--wrap=sleep 2")
-PREEMPT_AT_STEP, STEPS_UNTIL_KILL = 15, 15
+PREEMPT_AT_STEP, STEPS_UNTIL_KILL = 12, 12
 """The first is of the run; the second counts from where the second attempt begins."""
 STOPS = ("preempted", "crash")
 ENDS = ("finished", "gave-up", "cancelled")
