@@ -122,6 +122,8 @@ class Trainer:
     def step(self, batch: Batch, waited: float) -> None:
         """One optimizer step on this rank's share of a global batch; `waited`: seconds it took to come."""
         started, steps, progress = time.perf_counter(), self.config.steps, self.progress
+        if self.world.is_main and self.monitor.reports(progress.step + 1):
+            self.interruption.check_current()  # what is written to the run must be its own attempt's
         lr = learning_rate(
             progress.step,
             peak=self.config.optimizer.lr,

@@ -18,6 +18,7 @@ from dgt.config import Config
 from dgt.training import checkpoint, interrupt
 from dgt.training.checkpoint import CheckpointConfig, SaveError
 from dgt.training.interrupt import SECONDS_BEFORE_DEADLINE, SECONDS_BETWEEN_LOOKS, Interruption, SupersededError
+from dgt.training.monitor import MonitorConfig
 from dgt.training.steps import StepsConfig
 from dgt.training.trainer import Trainer, train
 from dgt.training.world import World, joined
@@ -273,7 +274,8 @@ def test_attempt_that_another_has_replaced_leaves_within_seconds_and_announces_n
 
 
 def test_attempt_that_another_has_replaced_commits_no_checkpoint(tmp_path: Path) -> None:
-    config = small_config(tmp_path, steps=StepsConfig(epochs=1, global_batch_size=8, micro_batch_size=2))
+    steps = StepsConfig(epochs=1, global_batch_size=8, micro_batch_size=2)
+    config = small_config(tmp_path, steps=steps, monitor=MonitorConfig(log_every=1000))
     looks: list[int] = []
 
     def is_current() -> bool:
@@ -285,3 +287,15 @@ def test_attempt_that_another_has_replaced_commits_no_checkpoint(tmp_path: Path)
     assert committed(config) == ["step_00000002"], "the first save is its own, and the last one is not"
     assert not list((config.run_dir / "checkpoints").glob("*.saving"))
     assert looks[0] == 0
+
+
+def test_attempt_that_another_has_replaced_reports_nothing_more(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=StepsConfig(epochs=1, global_batch_size=8, micro_batch_size=2))
+    rows = config.run_dir / "metrics.jsonl"
+
+    def is_current() -> bool:
+        return not (rows.exists() and '"step": 3' in rows.read_text())
+
+    with pytest.raises(SupersededError, match="another attempt has taken this run over"):
+        train(config, Interruption(is_current=is_current))
+    assert [json.loads(row)["step"] for row in rows.read_text().splitlines()][-1] == 3
