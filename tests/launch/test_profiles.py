@@ -197,6 +197,7 @@ def test_what_only_sounds_like_a_secret_is_kept(tmp_path: Path) -> None:
         "export HF_TOKEN=$(cat ~/.token)", 'export HF_TOKEN="$HF_TOKEN"', "export HF_TOKEN=`cat ~/.token`",
         "huggingface-cli login --token $HF_TOKEN", "curl -H 'Authorization: Bearer $HF_TOKEN' https://me:$PASS@host",
         "export MAX_TOKENS=4096", "curl --token-file /home/me/token", "apt --no-password now", "git clone ssh://git@host/x",
+        "enroot import docker://ubuntu:22.04@sha256:0123456789abcdef0123456789abcdef",
     )  # fmt: skip
     image = "docker://nvcr.io/nvidia/pytorch:24.01-py3@sha256:0123456789abcdef0123456789abcdef"
     text = {"environment": environment, "setup": list(setup), "container": image, "srun": ["--container-image={image}"]}
