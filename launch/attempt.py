@@ -31,7 +31,7 @@ from launch.verdict import Ending, Tally
 
 NOTICE_SECONDS = 60
 """Slurm may give its notice of the time limit 30 s early, and ranks with slow saves stop before it."""
-WATCH_SECONDS = 300
+WATCH_SECONDS = 60
 """How often the watch asks whether the time limit has been changed."""
 LAST_MOMENT_SECONDS = 15
 """A requeue must be asked for this long before the time limit: a job that has met it never comes back."""

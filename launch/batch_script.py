@@ -232,7 +232,7 @@ def check_nodes(job: SlurmJob) -> str:
     health, layout = job.profile.health, job.layout
     measured = {"--matmul-tflops": health.matmul_tflops, "--allreduce-gb-s": health.allreduce_gb_s}
     asked = [word for name, value in measured.items() if value is not None for word in (name, str(value))]
-    per_node = layout.processes_per_node if asked else 1
+    per_node = 1 if health.allreduce_gb_s is None else layout.processes_per_node
     step = [
         f"--nodes={layout.nodes}", f"--ntasks={layout.nodes * per_node}", f"--ntasks-per-node={per_node}",
         "--export=ALL", f"--output={job.run}/logs/health.log", "--open-mode=append", "--kill-on-bad-exit=0", "--wait=0",

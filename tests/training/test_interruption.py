@@ -273,9 +273,12 @@ def test_attempt_that_another_has_replaced_leaves_within_seconds_and_announces_n
     assert announced == []
 
 
-def test_attempt_that_another_has_replaced_commits_no_checkpoint(tmp_path: Path) -> None:
-    steps = StepsConfig(epochs=1, global_batch_size=8, micro_batch_size=2)
-    config = small_config(tmp_path, steps=steps, monitor=MonitorConfig(log_every=1000))
+def test_attempt_that_another_has_replaced_commits_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupt, "SECONDS_BETWEEN_LOOKS", 1e9)
+    saves = CheckpointConfig(every_steps=2, on_error="stop")
+    config = small_config(tmp_path, checkpoint=saves, monitor=MonitorConfig(log_every=1000))
     looks: list[int] = []
 
     def is_current() -> bool:
@@ -284,7 +287,7 @@ def test_attempt_that_another_has_replaced_commits_no_checkpoint(tmp_path: Path)
 
     with pytest.raises(SaveError, match="another attempt has taken this run over"):
         train(config, Interruption(is_current=is_current))
-    assert committed(config) == ["step_00000002"], "the first save is its own, and the last one is not"
+    assert committed(config) == ["step_00000002"], "the first save is its own, and the second one is not"
     assert not list((config.run_dir / "checkpoints").glob("*.saving"))
     assert looks[0] == 0
 
