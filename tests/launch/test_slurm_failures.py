@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -63,6 +64,28 @@ def test_lost_nodes_are_replaced_and_named(slurm: LocalSlurm, undisturbed: Resul
     assert [event.get("step") for event in run.story("started")] == [None, None, 5, 10]
     assert lost[1] not in nodes_of_attempts(run)[2]
     assert lost[2] not in nodes_of_attempts(run)[3]
+    assert_as_undisturbed(run, undisturbed)
+
+
+def test_ranks_that_slurm_has_lost_sight_of_leave_the_run_to_the_next_attempt(
+    slurm: LocalSlurm, undisturbed: Result, tmp_path: Path
+) -> None:
+    one_node = ("--nodes", "1", "--processes-per-node", "2", "--partition", "low")
+    run = Run(slurm, tmp_path, options=one_node).hold_at("step-7", "step-11").start()
+    run.wait_until_held(0)
+    node = run.node_of(0)
+    log = run.folder / "logs" / "rank-0.log"
+    try:
+        slurm.stop(node, signal.SIGKILL)  # the daemon alone: its ranks live on
+        run.wait_until_held(1)
+        assert node not in nodes_of_attempts(run)[1]
+        run.release(0)
+        wait_for(lambda: "another attempt has taken this run over" in log.read_text(), "the first attempt's end")
+        run.release(1)
+        run.wait_for_end()
+    finally:
+        bring_back(slurm, node)
+    assert run.reasons() == ["node failure"]
     assert_as_undisturbed(run, undisturbed)
 
 
