@@ -113,9 +113,8 @@ def begin(attempt: Attempt) -> int:
         return 0
     record = runs.read_record(attempt.run)
     if record is None or record.token != attempt.token:
-        say(
-            f"{attempt.run} belongs to another submission now ({record.name if record else 'none'}); this one gives way"
-        )
+        other = record.name if record else "none"
+        say(f"{attempt.run} belongs to another submission now ({other}); this one gives way")
         print("exit 2")
         return 0
     runs.claim(attempt.prefix)
@@ -181,7 +180,7 @@ def why_vanished(before: Attempt) -> tuple[str, str]:
 
 def judge_nodes(attempt: Attempt) -> int:
     """Reads the reports of the health check; prints `exit` where the job cannot run on these nodes."""
-    word = scheduler(attempt, None)
+    word = word_of_slurm(attempt, None, cluster.job_fields(attempt.job))
     if word:  # it was told to stop meanwhile, and so was the check
         print(f"exit {conclude(attempt, Ending(None, word, progressed=False))}")
         return 0
@@ -237,12 +236,12 @@ def watch(attempt: Attempt) -> int:
 def end(attempt: Attempt) -> int:
     """Finds out why the ranks have left, and concludes."""
     marker = runs.read_marker(attempt.prefix)
+    word: verdict.Scheduler = ""
+    if marker is None or marker[0] != "finished":
+        word = word_of_slurm(attempt, marker, requeue.patiently(lambda: cluster.job_fields(attempt.job)))
     said = said_in_attempt(attempt)
-    word = "" if marker and marker[0] == "finished" else scheduler(attempt, marker)
-    found = Ending(
-        marker, word, has_progressed(attempt), verdict.culprit_of(said), verdict.lost_node_of(said)
-    )  # fmt: skip
-    return conclude(attempt, found)
+    culprit, lost = verdict.culprit_of(said), verdict.lost_node_of(said)
+    return conclude(attempt, Ending(marker, word, has_progressed(attempt), culprit, lost))
 
 
 def has_progressed(attempt: Attempt) -> bool:
@@ -278,9 +277,10 @@ def conclude(attempt: Attempt, ending: Ending) -> int:
     return found.status
 
 
-def scheduler(attempt: Attempt, marker: tuple[runs.End, dict[str, Any]] | None) -> verdict.Scheduler:
-    """What Slurm did to the job; asks until it answers. Nothing where it never does."""
-    fields = requeue.patiently(lambda: cluster.job_fields(attempt.job))
+def word_of_slurm(
+    attempt: Attempt, marker: tuple[runs.End, dict[str, Any]] | None, fields: dict[str, str] | None
+) -> verdict.Scheduler:
+    """What Slurm did to the job, by what it says of it; nothing where it says nothing."""
     if fields is None:
         return ""
     deadline = cluster.seconds(fields.get("EndTime", ""))
