@@ -31,8 +31,9 @@ lint: setup  ## ruff: rules and format
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 
-types: setup  ## mypy over the public packages
+types: setup  ## mypy over the public packages, and over what runs on the nodes
 	@$(PYTHON) -m mypy
+	@$(PYTHON) -m mypy --explicit-package-bases slurm
 
 clean-demo:  ## forget the demo's run, so that it starts over
 	rm -rf runs/dgt_nano_digits exports/dgt_nano_digits.safetensors
