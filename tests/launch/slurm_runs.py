@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
@@ -22,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dgt.training.sample_log import surviving_samples
-from launch import events, runs
+from launch import events, runs, submit
 from launch.local_slurm import LocalSlurm
 
 CONFIG = """
@@ -61,21 +63,27 @@ class Run:
 
     def begin_to_submit(self, *more: str) -> subprocess.Popen[str]:
         """Calls launch/submit.py as a program."""
+        return self.call("submit.py", *self.words(*more))
+
+    def words(self, *more: str) -> list[str]:
+        """Its command line; the configuration is written on the way."""
         config = self.base / "tiny.yaml"
         values = yaml.safe_load(CONFIG) | {"output_dir": str(self.base / "runs")}
         values["data"]["synthetic"] = {"train_samples": TRAIN_SAMPLES, "val_samples": 9}
         if not config.exists():  # another one may be reading it
             config.write_text(yaml.safe_dump(values))
-        return self.call("submit.py", "--config", str(config), *self.options, *more, *self.changes)
+        return ["--config", str(config), *self.options, *more, *self.changes]
 
     def call(self, program: str, *words: str) -> subprocess.Popen[str]:
         """Calls a program of launch/."""
-        variables = os.environ | self.environment
-        if self.environment:
-            variables["PYTHONPATH"] = str(INJECT)
+        variables = os.environ | self.variables_of_ranks()
         command = [sys.executable, str(self.root / "launch" / program), *words]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=self.base, env=variables, stdout=pipe, stderr=pipe, text=True)
+
+    def variables_of_ranks(self) -> dict[str, str]:
+        """What a submission hands on to the ranks."""
+        return self.environment | {"PYTHONPATH": str(INJECT)} if self.environment else {}
 
     def submit(self, *more: str) -> subprocess.CompletedProcess[str]:
         """Submits, and waits for what becomes of that."""
@@ -88,9 +96,18 @@ class Run:
         return done.stdout
 
     def start(self, *more: str) -> Run:
-        """Submits, which must succeed."""
-        done = self.submit(*more)
-        assert done.returncode == 0, done.stderr
+        """Submits, which must succeed; from this process, which has imported everything already."""
+        if self.root != REPOSITORY:
+            done = self.submit(*more)
+            assert done.returncode == 0, done.stderr
+            return self
+        said = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+            patch.chdir(self.base)
+            for name, value in self.variables_of_ranks().items():
+                patch.setenv(name, value)
+            status = submit.main(self.words(*more))
+        assert status == 0, said.getvalue()
         return self
 
     @property

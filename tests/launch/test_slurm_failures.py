@@ -41,9 +41,11 @@ def bring_back(cluster: LocalSlurm, node: str) -> None:
     wait_for(lambda: not is_lost(node_states("low")[node]), f"node {node}")
 
 
-def test_lost_nodes_are_replaced_and_named(slurm: LocalSlurm, undisturbed: Result, tmp_path: Path) -> None:
+def test_lost_nodes_are_replaced_and_named_and_ranks_that_live_on_there_leave_the_run_alone(
+    slurm: LocalSlurm, undisturbed: Result, tmp_path: Path
+) -> None:
     run = Run(slurm, tmp_path).hold_at("step-3", "step-7", "step-11").start()
-    lost = []
+    lost, log = [], run.folder / "logs" / "rank-0.log"
     try:
         run.wait_until_held(0)
         lost.append(run.node_of(1))
@@ -54,7 +56,10 @@ def test_lost_nodes_are_replaced_and_named(slurm: LocalSlurm, undisturbed: Resul
         run.release(1)  # rank 0 fails without the other; its node is not to blame
         run.wait_until_held(2)
         lost.append(run.node_of(0))  # the first node of a job runs its batch script, too
-        kill_node(slurm, lost[2])
+        slurm.stop(lost[2], signal.SIGKILL)  # the daemon alone: its rank lives on
+        run.wait_for_event("started", 4)
+        run.release(2)
+        wait_for(lambda: "another attempt has taken this run over" in log.read_text(), "the end of the lost rank")
         run.wait_for_end()
     finally:
         for node in lost:
@@ -64,28 +69,6 @@ def test_lost_nodes_are_replaced_and_named(slurm: LocalSlurm, undisturbed: Resul
     assert [event.get("step") for event in run.story("started")] == [None, None, 5, 10]
     assert lost[1] not in nodes_of_attempts(run)[2]
     assert lost[2] not in nodes_of_attempts(run)[3]
-    assert_as_undisturbed(run, undisturbed)
-
-
-def test_ranks_that_slurm_has_lost_sight_of_leave_the_run_to_the_next_attempt(
-    slurm: LocalSlurm, undisturbed: Result, tmp_path: Path
-) -> None:
-    one_node = ("--nodes", "1", "--processes-per-node", "2", "--partition", "low")
-    run = Run(slurm, tmp_path, options=one_node).hold_at("step-7", "step-11").start()
-    run.wait_until_held(0)
-    node = run.node_of(0)
-    log = run.folder / "logs" / "rank-0.log"
-    try:
-        slurm.stop(node, signal.SIGKILL)  # the daemon alone: its ranks live on
-        run.wait_until_held(1)
-        assert node not in nodes_of_attempts(run)[1]
-        run.release(0)
-        wait_for(lambda: "another attempt has taken this run over" in log.read_text(), "the first attempt's end")
-        run.release(1)
-        run.wait_for_end()
-    finally:
-        bring_back(slurm, node)
-    assert run.reasons() == ["node failure"]
     assert_as_undisturbed(run, undisturbed)
 
 
