@@ -79,6 +79,8 @@ class Fetcher:
             try:
                 return work(attempt)
             except TransportError as error:
+                if cancelled.is_set():  # what closes the connections has called this work off before
+                    raise CalledOffError from None
                 if error.permanent or attempt == self.attempts:
                     tries = "" if attempt == 1 else f" (tried {attempt} times)"
                     raise DataError(f"{shown} cannot be fetched: {error}{tries}") from None

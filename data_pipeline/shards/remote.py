@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import threading
@@ -89,7 +90,10 @@ class CachedRemote:
         self._failed: dict[str, tuple[float, str]] = {}  # when and why a file could not be fetched at last
         self._fetcher = None
         self._ahead: LookAhead[Sequence[SetFile]] = LookAhead(self._fetch_ahead, self._config.ahead)
-        weakref.finalize(self, self._cancelled.set)  # at the latest before the interpreter takes itself apart
+        weakref.finalize(self, _call_off, self._cancelled)
+        # At the interpreter's end before fsspec closes its connections, which looks like a failure to a thread that
+        # reads: finalizers run there, too, but the youngest first, and fsspec's is younger.
+        atexit.register(self._cancelled.set)
 
     def _the_fetcher(self) -> Fetcher:
         with self._lock:
@@ -176,3 +180,9 @@ class CachedRemote:
             yield
         except CalledOffError:
             raise ValueError("the source was closed") from None
+
+
+def _call_off(cancelled: threading.Event) -> None:
+    """The source is gone: its threads end, and nothing is left to do at the interpreter's end."""
+    cancelled.set()
+    atexit.unregister(cancelled.set)
