@@ -19,6 +19,7 @@ from dgt.models import ModelConfig
 from dgt.tasks import TaskConfig
 from dgt.training.checkpoint import CheckpointConfig
 from dgt.training.ema import EmaConfig
+from dgt.training.guard import GuardConfig
 from dgt.training.mixing import MixingConfig
 from dgt.training.monitor import MonitorConfig
 from dgt.training.optim import OptimizerConfig
@@ -51,6 +52,7 @@ class Config:
     mixing: MixingConfig = field(default_factory=MixingConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 

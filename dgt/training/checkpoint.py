@@ -2,9 +2,8 @@
 
     RUN/checkpoints/
         step_00001200/           complete: the rename that made it was the last act of the save
-            __0_0.distcp ...     tensors, one file or more per rank (torch.distributed.checkpoint)
-            .metadata            which tensor lies where
-            manifest.json        step, progress, configuration; size and SHA-256 of every file
+            rank-00000.safetensors ...   each rank's pieces of the tensors (dgt/training/tensor_files.py)
+            manifest.json        step, progress, configuration, tensors; size and SHA-256 of every file
         step_00001300.saving/    a save under way, or one that was cut off; never read, removed by the next run
         step_00001100.damaged/   failed verification; kept for inspection, never read
 
@@ -23,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-
+from dgt.training import tensor_files
+from dgt.training.pieces import Pieces
+from dgt.training.tensor_files import TensorFileError, TensorFiles
 from dgt.training.world import World
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -81,12 +80,12 @@ class Checkpoint:
 def save(
     folder: Path,
     step: int,
-    tensors: dict[str, Any],
+    pieces: Pieces,
     facts: dict[str, Any],
     world: World,
     permit: Callable[[], None] = lambda: None,
 ) -> str | None:
-    """Writes one checkpoint with every rank's part of `tensors`; all ranks call it and get the same answer.
+    """Writes one checkpoint with every rank's `pieces`; all ranks call it and get the same answer.
 
     `permit` is called on rank 0 just before the commit, and raises where there must be none.
 
@@ -114,14 +113,14 @@ def save(
     written: dict[str, dict[str, Any]] = {}
 
     def write() -> None:
-        dcp.save(tensors, checkpoint_id=temporary, process_group=world.control)
-        mine = [p for p in temporary.iterdir() if p.name.startswith(f"__{world.rank}_")]
-        mine += [temporary / ".metadata"] if world.is_main else []
-        written.update({path.name: described(path) for path in mine})
+        name = f"rank-{world.rank:05d}.safetensors"
+        written[name] = tensor_files.write(temporary / name, pieces)
 
     def commit() -> None:
         if world.is_main:
-            write_manifest(temporary, {"format": FORMAT, "step": step, **facts, "files": files})
+            tensors = tensor_files.describe(pieces)
+            body = {"format": FORMAT, "step": step, **facts, "tensors": tensors, "files": files}
+            write_manifest(temporary, body)
             permit()
             temporary.rename(final)
             sync_folder(folder)
@@ -132,7 +131,6 @@ def save(
     if not error:
         return None
 
-    # torch reports a full disk as a mismatch of positions, so the free space belongs into the sentence.
     free = world.on_main(lambda: free_space(folder))
     if world.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -152,9 +150,6 @@ def attempt(act: Callable[[], None], world: World) -> str | None:
     failure = None
     try:
         act()
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        failure = f"{type(cause).__name__}: {cause}"
     except Exception as error:  # of any kind: the other ranks wait for this one's answer
         failure = f"{type(error).__name__}: {error}"
     return next((f for f in world.gather(failure) if f), None)
@@ -194,7 +189,8 @@ def digest(body: dict[str, Any]) -> str:
 def replace_facts(path: Path, facts: dict[str, Any]) -> None:
     """Replaces what the manifest says beside the tensors' files."""
     manifest = verify(path).manifest
-    write_manifest(path, {"format": FORMAT, "step": manifest["step"], **facts, "files": manifest["files"]})
+    kept = {key: manifest[key] for key in ("format", "step", "tensors", "files")}
+    write_manifest(path, kept | facts)
 
 
 def sync_folder(path: Path) -> None:
@@ -277,19 +273,40 @@ def newest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def read_tensors(checkpoint: Checkpoint, tensors: dict[str, Any], world: World) -> None:
-    """Fills `tensors`, of this rank's layout, in place.
-
-    Raises CheckpointError where names or shapes do not match, UnreadableError where the disk does not answer.
-    """
+def tensors_in(checkpoint: Checkpoint) -> TensorFiles:
+    """The tensors of a verified checkpoint, readable by name. Raises CheckpointError."""
     try:
-        dcp.load(tensors, checkpoint_id=checkpoint.path, process_group=world.control)
-    except CheckpointException as error:
-        causes = [failure[0] for failure in error.failures.values()]
-        cause = next((c for c in causes if isinstance(c, OSError)), causes[0])
-        if isinstance(cause, OSError):  # of any rank
-            raise UnreadableError(f"{checkpoint.path}: cannot be read now: {cause}") from None
-        raise CheckpointError(f"{checkpoint.path}: does not fit this network or optimizer: {cause}") from None
+        files = [checkpoint.path / name for name in checkpoint.manifest["files"]]
+        return TensorFiles(files, checkpoint.manifest["tensors"])
+    except OSError as error:
+        raise UnreadableError(f"{checkpoint.path}: cannot be read now: {error}") from None
+    except TensorFileError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def read_pieces(checkpoint: Checkpoint, pieces: Pieces, world: World) -> None:
+    """Fills `pieces` in place, whatever ranks and engine have saved them; all ranks call it, and all raise alike.
+
+    Raises CheckpointError where names or shapes are not those that were saved, UnreadableError where the disk does not
+    answer.
+    """
+    unreadable = ""
+
+    def read() -> None:
+        nonlocal unreadable
+        try:
+            stored = tensors_in(checkpoint)
+            if foreign := sorted(stored.tensors.keys() - pieces.keys()):
+                raise CheckpointError(f"it also holds {foreign[0]} and {len(foreign) - 1} others, not known here")
+            stored.fill(pieces)
+        except (OSError, UnreadableError) as error:
+            unreadable = str(error)
+
+    failure = attempt(read, world)
+    if any_unreadable := next((u for u in world.gather(unreadable) if u), ""):
+        raise UnreadableError(f"{checkpoint.path}: cannot be read now: {any_unreadable}")
+    if failure:
+        raise CheckpointError(f"{checkpoint.path}: does not fit this network or optimizer: {failure}")
 
 
 def discard_unfinished(folder: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from dgt.training.pieces import Pieces, locals_of
 
 
 @dataclass(frozen=True)
@@ -35,20 +34,15 @@ def decay_at(step: int, config: EmaConfig) -> float:
 
 
 class Ema:
-    """One average per parameter of `model`, by the parameter's name; elementwise, so shards average like the whole."""
+    """One average per piece of a weight; elementwise, so pieces average like the whole."""
 
-    def __init__(self, model: nn.Module, config: EmaConfig):
+    def __init__(self, weights: Pieces, config: EmaConfig):
         self.config = config
-        self.parameters = dict(model.named_parameters())
-        self.averages: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.weights = weights
+        self.averages: Pieces = {name: piece.clone() for name, piece in weights.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """average += (1 - decay) (weights - average), after optimizer step `step`."""
         weight = 1.0 - decay_at(step, self.config)
-        torch._foreach_lerp_(local(self.averages), local(self.parameters), weight)
-
-
-def local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """This rank's part of each tensor; shares memory with it."""
-    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors.values()]
+        torch._foreach_lerp_(locals_of(self.averages), locals_of(self.weights), weight)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
-from torch import nn
+from torch import Tensor, nn
+
+from dgt.training.pieces import Piece, Pieces, piece_of
 
 
 @dataclass(frozen=True)
@@ -50,3 +54,57 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets the learning rate of every parameter group, times the group's `lr_scale` where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+@torch.no_grad()
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every parameter its state (zero moments) now, so that a checkpoint is whole even before the first update.
+
+    Optimizers make theirs in an update; this one, of learning rate 0 and without gradients, leaves no other trace.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for _, container, key in slots({}, optimizer):
+        value = container[key]
+        container[key] = value.zero_() if isinstance(value, Tensor) else type(value)(0)
+
+
+def slots(
+    names: dict[nn.Parameter, str], optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Where an optimizer keeps its state: a name for each value, and the dictionary and key that hold it."""
+    for parameter, state in optimizer.state.items():
+        for key in state:
+            yield f"{names.get(parameter, '')}.{key}", state, key
+    for i, group in enumerate(optimizer.param_groups):
+        if "step" in group:  # some of timm's count there
+            yield f"groups.{i}.step", group, "step"
+
+
+def state_pieces(network: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world_size: int) -> Pieces:
+    """The optimizer's state by parameter name; plain numbers as float64 tensors."""
+    names: dict[Any, str] = {parameter: name for name, parameter in network.named_parameters()}
+    pieces = {}
+    for name, container, key in slots(names, optimizer):
+        value = container[key]
+        if isinstance(value, Tensor):
+            pieces[name] = piece_of(value, rank, world_size)
+        else:
+            pieces[name] = Piece(torch.tensor(value, dtype=torch.float64), (), 0, rank, world_size)
+    return pieces
+
+
+def adopt_numbers(network: nn.Module, optimizer: torch.optim.Optimizer, pieces: Pieces) -> None:
+    """Takes the plain numbers out of `pieces` that were loaded; tensors were loaded in place."""
+    names: dict[Any, str] = {parameter: name for name, parameter in network.named_parameters()}
+    for name, container, key in slots(names, optimizer):
+        if not isinstance(container[key], Tensor):
+            container[key] = type(container[key])(pieces[name].local.item())

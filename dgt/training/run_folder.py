@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "engine.threads",
     "engine.activation_checkpointing",
     "engine.deterministic",
+    "guard.",
     "checkpoint.",
     "monitor.",
     "data.path",
@@ -39,7 +40,6 @@ MAY_CHANGE = (
     "data.cache.",
     "steps.micro_batch_size",
     "steps.max_steps",
-    "steps.max_skipped_in_a_row",
     "steps.evaluate_",
 )
 """Keys that a resumed run may have changed: they say where and how fast it computes, not what."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 
 class DivergedError(RuntimeError):
-    """Gradients stayed non-finite for too many steps in a row."""
+    """Training went bad again and again, and rolling back did not help; the message is the report."""
 
 
 @dataclass
@@ -15,9 +15,13 @@ class Progress:
     """All that decides the next step beside the tensors; the manifest of a checkpoint carries it."""
 
     step: int = 0
-    """Optimizer steps done (skipped ones included: they used up their batch)."""
-    skipped_in_a_row: int = 0
-    """Steps since the last one whose gradient was finite."""
+    """Optimizer steps taken; learning rate, averages, draws and reports go by it. A bad step is none."""
+    bad_in_a_row: int = 0
+    """Batches since the last step that was taken."""
+    rollbacks: int = 0
+    """How often the run went back to a checkpoint because of bad steps."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Losses of the last steps, by which a spike is known; empty where nobody looks for one."""
     evaluated_at: int = 0
     """Step after which the last complete evaluation ran."""
     best_metric: float | None = None
@@ -25,7 +29,7 @@ class Progress:
     best_step: int | None = None
     """Step at which it was reached."""
     data: dict[str, Any] = field(default_factory=dict)
-    """Position of the training loader."""
+    """Position of the training loader; it moves on with every batch, bad ones included."""
 
 
 @dataclass(frozen=True)

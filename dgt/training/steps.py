@@ -21,11 +21,9 @@ class StepsConfig:
     """Evaluate after every this many epochs (and always at the end); 0 = only at the end."""
     evaluate_batch_size: int = 0
     """Samples of one evaluation pass on one rank; 0 = `micro_batch_size`."""
-    max_skipped_in_a_row: int = 10
-    """Stop with an error after this many consecutive steps whose gradients were not finite."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "global_batch_size", "micro_batch_size", "max_skipped_in_a_row"):
+        for name in ("epochs", "global_batch_size", "micro_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("max_steps", "evaluate_every_epochs", "evaluate_batch_size"):

@@ -8,21 +8,23 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from data_pipeline.loader import Batch, Loader, build_loader
 from dgt.tasks import Task, build_task
-from dgt.training import checkpoint, run_folder
+from dgt.training import checkpoint, guard, run_folder
 from dgt.training.ema import Ema
 from dgt.training.evaluate import evaluate
 from dgt.training.inputs import StepInputs, timed
 from dgt.training.interrupt import Interruption
 from dgt.training.monitor import Monitor, Resumed, Size
-from dgt.training.parallel import Engine, build_engine
+from dgt.training.parallel import Engine, StepResult, build_engine
+from dgt.training.pieces import Pieces
 from dgt.training.run_folder import RunFolder
 from dgt.training.sample_log import SampleLog
+from dgt.training.saver import Saver
 from dgt.training.schedule import learning_rate
 from dgt.training.state import DivergedError, Outcome, Progress
 from dgt.training.world import World, joined, set_deterministic, set_threads
@@ -86,7 +88,8 @@ class Trainer:
         self.training_data, self.validation_data = training_data, validation_data
         self.interruption = interruption
         self.folder = RunFolder(config.run_dir)
-        self.ema = Ema(engine.network, config.ema) if config.ema.enabled else None
+        self.saver = Saver(self.folder.checkpoints, world, interruption.check_current)
+        self.ema = Ema(engine.weights(), config.ema) if config.ema.enabled else None
         self.progress = Progress()
         self.saved_best: tuple[float | None, int | None] = (None, None)
         self.metrics: dict[str, float] | None = None
@@ -106,8 +109,10 @@ class Trainer:
             leaving = self.leaving()
             while not leaving:
                 for batch, waited in timed(self.training_data):
-                    self.step(batch, waited)
-                    self.evaluate_if_due()
+                    if self.step(batch, waited):
+                        self.evaluate_if_due()
+                    elif self.progress.bad_in_a_row >= self.config.guard.max_bad_in_a_row:
+                        self.roll_back()
                     leaving = self.leaving()
                     if leaving or self.save_is_due():
                         saved = self.save(must=leaving)
@@ -119,8 +124,11 @@ class Trainer:
         finally:
             self.monitor.close()
 
-    def step(self, batch: Batch, waited: float) -> None:
-        """One optimizer step on this rank's share of a global batch; `waited`: seconds it took to come."""
+    def step(self, batch: Batch, waited: float) -> bool:
+        """One optimizer step on this rank's share of a global batch; `waited`: seconds it took to come.
+
+        Returns whether it was taken. A bad one changes neither weights nor schedule; its batch is used up.
+        """
         started, steps, progress = time.perf_counter(), self.config.steps, self.progress
         if self.world.is_main and self.monitor.reports(progress.step + 1):
             self.interruption.check_current()  # what is written to the run must be its own attempt's
@@ -136,19 +144,22 @@ class Trainer:
             [slice(i, i + steps.micro_batch_size) for i in range(0, len(batch.labels), steps.micro_batch_size)],
             lambda model, part: self.task.loss(model, prepare(batch, part)) / steps.global_batch_size,
             lr,
+            lambda loss, norm: not guard.fault(loss, norm, progress, self.config.guard),
         )
-        if self.ema and not result.skipped:
-            self.ema.update(progress.step)
-        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
-        progress.step += 1
         progress.data = self.training_data.state_dict()
+        if not result.taken:
+            self.report_bad(batch, result)
+            return False
+        if self.ema:
+            self.ema.update(progress.step)
+        guard.note_good(result.loss, progress, self.config.guard)
+        progress.step += 1
         scalars = {"train/loss": result.loss, "train/lr": lr, "train/grad_norm": result.grad_norm}
         if self.monitor.reports(progress.step):
             scalars |= self.data_scalars(batch)
         self.samples.step(progress.step, batch.ids.tolist())
         self.monitor.step(progress.step, time.perf_counter() - started + waited, waited, scalars)
-        if result.skipped:
-            self.report_skipped(batch)
+        return True
 
     def data_scalars(self, batch: Batch) -> dict[str, float]:
         """What the data pipeline of all ranks together counted since the last report; all ranks call it."""
@@ -157,13 +168,35 @@ class Trainer:
             totals.update(stats)
         return {"data/image_size": float(batch.images.shape[1])} | {f"data/{k}": float(v) for k, v in totals.items()}
 
-    def report_skipped(self, batch: Batch) -> None:
-        """Says which samples gave a gradient that is not finite. Raises DivergedError after too many such steps."""
-        progress, ids = self.progress, [int(i) for part in self.world.gather(batch.ids.tolist()) for i in part]
-        sentence = f"step {progress.step} skipped: its gradient is not finite (sample ids {ids})"
-        if progress.skipped_in_a_row >= self.config.steps.max_skipped_in_a_row:
-            raise DivergedError(f"{sentence}; that makes {progress.skipped_in_a_row} in a row, so training stops")
-        log.warning(sentence)
+    def report_bad(self, batch: Batch, result: StepResult) -> None:
+        """Says which samples gave a step that was not taken, and why."""
+        progress = self.progress
+        if result.rescaled:
+            return
+        progress.bad_in_a_row += 1
+        ids = [int(i) for part in self.world.gather(batch.ids.tolist()) for i in part]
+        why = guard.fault(result.loss, result.grad_norm, progress, self.config.guard)
+        log.warning("step %d skipped: %s (sample ids %s)", progress.step + 1, why, ids)
+
+    def roll_back(self) -> None:
+        """Goes back to the newest checkpoint, and on with the data that comes next.
+
+        Raises DivergedError where that was done too often, or where there is no checkpoint.
+        """
+        rollbacks, bad, data = self.progress.rollbacks, self.progress.bad_in_a_row, self.progress.data
+        report = f"{bad} steps in a row were bad after step {self.progress.step}"
+        if rollbacks >= self.config.guard.max_rollbacks:
+            raise DivergedError(f"{report}, after {rollbacks} returns to a checkpoint; training stops")
+        self.conclude_save()
+        found = self.newest()
+        if found is None:
+            raise DivergedError(f"{report}, and there is no checkpoint to return to; training stops")
+        self.restore(found)
+        self.progress.rollbacks, self.progress.data = rollbacks + 1, data
+        log.warning("%s: back to step %d, and on with the data that follows", report, self.progress.step)
+        self.monitor.close()
+        self.open_reports()
+        self.save(must=True)  # an interruption must not forget that these data were bad
 
     def finished(self) -> bool:
         """All steps are done and evaluated."""
@@ -210,48 +243,65 @@ class Trainer:
         step = self.progress.step
         return step % self.config.checkpoint.every_steps == 0 or step == self.progress.best_step or self.finished()
 
-    def tensors(self) -> dict[str, Any]:
-        """All tensors that decide the next step, in this rank's layout."""
-        return self.engine.state_dict() | ({"ema": self.ema.averages} if self.ema else {})
+    def pieces(self) -> Pieces:
+        """This rank's pieces of all tensors that decide the next step."""
+        averages = self.ema.averages if self.ema else {}
+        return self.engine.state() | {f"ema.{name}": piece for name, piece in averages.items()}
 
     def save(self, must: bool) -> bool:
-        """Commits a checkpoint, then lets go of old ones; False where there is none and the run goes on.
+        """Starts a checkpoint, and waits for its commit where it `must` succeed because the run ends here.
 
-        A failed save is reported; it raises SaveError where it `must` succeed, because the run ends here, or where the
-        configuration says so. A best result whose checkpoint failed does not count as the best.
+        False where one has failed and the run goes on.
         """
-        started, progress, folder = time.perf_counter(), self.progress, self.folder.checkpoints
-        facts = {"progress": asdict(progress), "config": run_folder.plain(self.config)}
-        permit = self.interruption.check_current
-        error = checkpoint.save(folder, progress.step, self.tensors(), facts, self.world, permit)
-        if error and (must or self.config.checkpoint.on_error == "stop"):
-            raise checkpoint.SaveError(error)
-        if error:
-            log.error("%s; training goes on, the previous checkpoint stays", error)
+        concluded = self.conclude_save()
+        facts = {"progress": asdict(self.progress), "config": run_folder.plain(self.config)}
+        self.saver.begin(self.progress.step, self.pieces(), facts)
+        return self.conclude_save(must) and concluded
+
+    def conclude_save(self, must: bool = False) -> bool:
+        """Waits for a save under way, reports it, and lets go of old checkpoints; False where it has failed.
+
+        A failed save raises SaveError where it `must` succeed or where the configuration says so. A best result whose
+        checkpoint failed does not count as the best.
+        """
+        saved, progress = self.saver.finish(), self.progress
+        if saved is None:
+            return True
+        if saved.error and (must or self.config.checkpoint.on_error == "stop"):
+            raise checkpoint.SaveError(saved.error)
+        if saved.error:
+            log.error("%s; training goes on, the previous checkpoint stays", saved.error)
             progress.best_metric, progress.best_step = self.saved_best
             return False
-        seconds = time.perf_counter() - started
-        self.interruption.note_save(seconds)
-        self.monitor.saved(progress.step, seconds)
+        self.interruption.note_save(saved.seconds)
+        self.monitor.saved(saved.step, saved.seconds)
         self.saved_best = (progress.best_metric, progress.best_step)
         if self.world.is_main:
-            log.info("checkpoint of step %d saved in %.1f s", progress.step, seconds)
-            checkpoint.prune(folder, self.config.checkpoint.keep_last, progress.best_step, log.warning)
+            log.info("checkpoint of step %d saved in %.1f s", saved.step, saved.seconds)
+            keep = self.config.checkpoint.keep_last
+            checkpoint.prune(self.folder.checkpoints, keep, progress.best_step, log.warning)
         return True
+
+    def newest(self) -> checkpoint.Checkpoint | None:
+        """The newest whole checkpoint, the same on all ranks."""
+        return self.world.on_main(lambda: checkpoint.newest(self.folder.checkpoints, log.warning))
+
+    def restore(self, found: checkpoint.Checkpoint) -> None:
+        """Takes over everything from a checkpoint but the position in the data."""
+        pieces = self.pieces()
+        checkpoint.read_pieces(found, pieces, self.world)
+        self.engine.adopt(pieces)
+        self.progress = Progress(**found.manifest["progress"])
+        self.saved_best = (self.progress.best_metric, self.progress.best_step)
 
     def resume(self) -> None:
         """Continues from the newest whole checkpoint; without any, starts at step 0."""
-        folder = self.folder.checkpoints
-        self.world.on_main(lambda: checkpoint.discard_unfinished(folder))
-        found = self.world.on_main(lambda: checkpoint.newest(folder, log.warning))
+        self.world.on_main(lambda: checkpoint.discard_unfinished(self.folder.checkpoints))
+        found = self.newest()
         if found is None:
-            log.info("starting at step 0: there is no checkpoint in %s", folder)
+            log.info("starting at step 0: there is no checkpoint in %s", self.folder.checkpoints)
             return
-        tensors = self.tensors()
-        checkpoint.read_tensors(found, tensors, self.world)
-        self.engine.load_state_dict(tensors)
-        self.progress = Progress(**found.manifest["progress"])
-        self.saved_best = (self.progress.best_metric, self.progress.best_step)
+        self.restore(found)
         self.training_data.load_state_dict(self.progress.data)
         log.info("resuming after step %d from %s", self.progress.step, found.path)
 

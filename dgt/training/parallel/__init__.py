@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from dgt.training.optim import OptimizerConfig
-from dgt.training.parallel.engine import Engine, EngineConfig, StepResult
+from dgt.training.parallel.config import EngineConfig
+from dgt.training.parallel.engine import Accept, Engine, StepResult
 from dgt.training.world import World
 
-__all__ = ["Engine", "EngineConfig", "StepResult", "build_engine"]
+__all__ = ["Accept", "Engine", "EngineConfig", "StepResult", "build_engine"]
 
 
 def build_engine(network: nn.Module, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> Engine:

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dgt.training.optim import OptimizerConfig
-from dgt.training.parallel.engine import Engine, EngineConfig
+from dgt.training.parallel.config import EngineConfig
+from dgt.training.parallel.engine import Engine
 from dgt.training.world import World
 
 

@@ -5,41 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
-from dgt.training.ema import Ema, local
-from dgt.training.optim import OptimizerConfig, build_optimizer, set_learning_rate
+from dgt.training.ema import Ema
+from dgt.training.optim import (
+    OptimizerConfig,
+    adopt_numbers,
+    build_optimizer,
+    make_state,
+    set_learning_rate,
+    state_pieces,
+)
+from dgt.training.parallel.config import EngineConfig
+from dgt.training.pieces import Pieces, locals_of, piece_of
 from dgt.training.world import World
 
 MicroBatch = TypeVar("MicroBatch")
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How the network is spread over the ranks and in which precision it computes."""
-
-    name: Literal["ddp", "fsdp"] = "ddp"
-    """"ddp": every rank holds the whole network; "fsdp": each holds a shard of it (FSDP2, block by block)."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """"bf16": bfloat16 arithmetic, float32 weights, gradients reduced in float32; under ddp norms and sums of branches
-    stay float32 (autocast), under fsdp they are bfloat16 too. "fp32": float32, with torch's default of TF32 in a GPU's
-    convolutions."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What a block recomputes in the backward pass; the grouping is kept in any case, never recomputed."""
-    threads: int = 0
-    """CPU threads of one rank's arithmetic; 0 = its share of the cores that it may use."""
-    deterministic: bool = False
-    """On GPUs: only operations that repeat bit for bit, at some cost of speed. On CPUs all of them do anyway."""
-
-    def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise ValueError(f"threads: must not be negative, got {self.threads}")
+Accept = Callable[[float, float], bool]
+"""Whether a step with this loss and gradient norm, both over all ranks, shall be taken; the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +38,10 @@ class StepResult:
     """Mean loss of the global batch, before the step."""
     grad_norm: float
     """L2 norm of the whole gradient, before clipping."""
-    skipped: bool
-    """The gradient was not finite, so nothing was changed."""
+    taken: bool
+    """Weights and moments were updated; else nothing was changed."""
+    rescaled: bool = False
+    """Not taken because the loss scale was too large for float16, and has been lowered: no fault of the data."""
 
 
 class Engine:
@@ -66,13 +56,7 @@ class Engine:
         self.config = config
         self.clip = optimizer.clip_grad_norm
         self.optimizer = build_optimizer(network, optimizer)
-        self.make_moments()
-
-    def make_moments(self) -> None:
-        """Gives every parameter its (zero) moments now, so that a state is whole even before the first update."""
-        get_optimizer_state_dict(self.network, self.optimizer)  # makes missing ones by an update of nothing
-        for state in self.optimizer.state.values():
-            state["step"].zero_()
+        make_state(self.optimizer)
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Context of one micro-batch's backward pass; gradients meet across ranks only in the `last` one."""
@@ -86,12 +70,17 @@ class Engine:
         """Brings all parameters into the layout they are kept in, so that they can be read and written in place."""
 
     def train_step(
-        self, micro_batches: Sequence[MicroBatch], loss_of: Callable[[nn.Module, MicroBatch], Tensor], lr: float
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss_of: Callable[[nn.Module, MicroBatch], Tensor],
+        lr: float,
+        accept: Accept,
     ) -> StepResult:
-        """One optimizer step over this rank's `micro_batches`.
+        """One optimizer step over this rank's `micro_batches`, taken if `accept` agrees.
 
         `loss_of` gives a micro-batch's share of the global batch's mean loss (its sum over samples divided by the
-        global batch size); shares add up over micro-batches and ranks.
+        global batch size); shares add up over micro-batches and ranks. `accept` is asked once the gradient has been
+        reduced over the ranks, and before anything is changed.
         """
         self.model.train()
         set_learning_rate(self.optimizer, lr)
@@ -103,14 +92,15 @@ class Engine:
                 # Engines average gradients over ranks; shares must be summed.
                 (loss * self.world.size).backward()
             total += loss.detach()
-        norm = self.clipped_norm()
-        finite = bool(norm.isfinite())
-        if finite:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        grad_norm = float(self.clipped_norm())
         if self.world.size > 1:
             dist.all_reduce(total)
-        return StepResult(float(total), float(norm), skipped=not finite)
+        mean_loss = float(total)
+        taken = accept(mean_loss, grad_norm)
+        if taken:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(mean_loss, grad_norm, taken)
 
     def clipped_norm(self) -> Tensor:
         """Clips the gradient and returns its norm before that, the same on every rank."""
@@ -125,7 +115,7 @@ class Engine:
             yield
             return
         self.reshard()
-        weights, averages = local(dict(self.network.named_parameters())), local(ema.averages)
+        weights, averages = locals_of(self.weights()), locals_of(ema.averages)
         own = [w.clone() for w in weights]
         with torch.no_grad():
             torch._foreach_copy_(weights, averages)
@@ -136,14 +126,26 @@ class Engine:
             with torch.no_grad():
                 torch._foreach_copy_(weights, own)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Weights and optimizer state by parameter name; tensors keep their sharding."""
+    def weights(self) -> Pieces:
+        """The float32 weights that the optimizer updates, by parameter name; they share memory with it."""
+        rank, size = self.world.rank, self.world.size
+        return {name: piece_of(p, rank, size) for name, p in self.network.named_parameters()}
+
+    def state(self) -> Pieces:
+        """All tensors that decide the next step: weights and buffers under `model.`, moments under `optimizer.`.
+
+        The names are those of the network's parameters, the same under every engine. The pieces share memory with
+        what they describe: loading into them, followed by `adopt`, restores the state.
+        """
         self.reshard()
-        return {
-            "model": dict(self.network.named_parameters()) | dict(self.network.named_buffers()),
-            "optimizer": get_optimizer_state_dict(self.network, self.optimizer),
+        rank, size = self.world.rank, self.world.size
+        buffers = {name: piece_of(b, rank, size) for name, b in self.network.named_buffers()}
+        moments = state_pieces(self.network, self.optimizer, rank, size)
+        return {f"model.{name}": piece for name, piece in (self.weights() | buffers).items()} | {
+            f"optimizer.{name}": piece for name, piece in moments.items()
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a state whose tensors were loaded in place into those that `state_dict` gave."""
-        set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])
+    def adopt(self, state: Pieces) -> None:
+        """Follows up on a load into what `state` gave: takes over what does not share memory with it."""
+        moments = {n.removeprefix("optimizer."): p for n, p in state.items() if n.startswith("optimizer.")}
+        adopt_numbers(self.network, self.optimizer, moments)

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dgt.models import DGTBlock
 from dgt.training.optim import OptimizerConfig
-from dgt.training.parallel.engine import Engine, EngineConfig
+from dgt.training.parallel.config import EngineConfig
+from dgt.training.parallel.engine import Engine
 from dgt.training.world import World
 
 
