@@ -77,9 +77,7 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
         container[key] = value.zero_() if isinstance(value, Tensor) else type(value)(0)
 
 
-def slots(
-    names: dict[nn.Parameter, str], optimizer: torch.optim.Optimizer
-) -> Iterator[tuple[str, dict[str, Any], str]]:
+def slots(names: Mapping[Any, str], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Where an optimizer keeps its state: a name for each value, and the dictionary and key that hold it."""
     for parameter, state in optimizer.state.items():
         for key in state:
