@@ -6,12 +6,13 @@ import inspect
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.config import DataConfig
 from dgt.models import DGT, ModelConfig, build_model
+from dgt.tasks.counts import MAX_CONFUSION_CLASSES, Counts
 from dgt.tasks.task import Inputs
 
 
@@ -30,7 +31,7 @@ class ClassificationConfig:
 
 
 class Classification:
-    """Cross-entropy training; top-1, top-5 and loss in evaluation."""
+    """Cross-entropy training; accuracy, loss and calibration error in evaluation."""
 
     best_metric = "top1"
 
@@ -38,6 +39,7 @@ class Classification:
         self.config = config
         self.model_config = model
         self.num_classes = data.num_classes
+        self.counts = Counts(data.num_classes, confusion=data.num_classes <= MAX_CONFUSION_CLASSES)
 
     def build_model(self) -> nn.Module:
         """The configured network with one output per class.
@@ -73,16 +75,13 @@ class Classification:
         return (inputs.share * own + (1 - inputs.share) * partner).sum()
 
     def totals(self, model: nn.Module, images: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        """(4,) float64: samples, correct at the first guess, correct within five guesses, summed cross-entropy."""
-        logits = model(images).float()
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        # A stable sort: equal logits rank by class, so the count does not depend on the device's top-k.
-        ranked = logits.argsort(dim=1, descending=True, stable=True)[:, :5]
-        hits = ranked == labels[:, None]
-        per_sample = torch.stack([torch.ones_like(losses), hits[:, 0].float(), hits.any(dim=1).float(), losses], dim=1)
-        return (per_sample.double() * valid[:, None]).sum(dim=0)
+        """What dgt/tasks/counts.py counts: samples, guesses, losses, confidences and classes, (m,) float64."""
+        return self.counts.of(model(images).float(), labels, valid)
 
     def metrics(self, totals: Tensor) -> dict[str, float]:
-        """top1 and top5 in percent, mean loss, and the number of samples they were counted over."""
-        samples, top1, top5, loss = totals.tolist()
-        return {"top1": 100 * top1 / samples, "top5": 100 * top5 / samples, "loss": loss / samples, "samples": samples}
+        """top1, top5 and calibration error in percent, mean loss, and the number of samples they were counted over."""
+        return self.counts.read(totals).metrics
+
+    def confusion(self, totals: Tensor) -> np.ndarray | None:
+        """Samples by class and by first guess, int64 (classes, classes); None where there are too many classes."""
+        return self.counts.read(totals).confusion

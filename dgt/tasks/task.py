@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 
@@ -49,4 +50,8 @@ class Task(Protocol):
 
     def metrics(self, totals: Tensor) -> dict[str, float]:
         """The metrics of a whole evaluation from its summed totals."""
+        ...
+
+    def confusion(self, totals: Tensor) -> np.ndarray | None:
+        """int64 (classes, classes): samples by class and by first guess; None where that is not counted."""
         ...
