@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from evidence import differences, final
+from benchmarks.chaos.evidence import differences, final
 from ranks import kill_self, run_ranks
 from small import small_config
 
