@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from data_pipeline.config import DataConfig
-from data_pipeline.loader import Loader
+from data_pipeline.loader import Batch
 from data_pipeline.transforms import normalize
 from dgt.tasks import Task
-from dgt.training.parallel import Engine
+from dgt.training.parallel import EngineConfig
+from dgt.training.world import World
+
+FlipMean = Literal["probabilities", "logits"]
+
+
+class Evaluated(Protocol):
+    """What is evaluated: an engine, or an `Inference`."""
+
+    network: nn.Module
+    world: World
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """Context of a forward pass."""
+        ...
+
+
+class Batches(Protocol):
+    """A loader, as far as an evaluation sees it."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch."""
+        ...
+
+    def __iter__(self) -> Any: ...
 
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, task: Task, loader: Loader, data: DataConfig, stop_asked: Callable[[], bool] = lambda: False
-) -> dict[str, float] | None:
-    """The task's metrics over one pass of `loader`, the same on every rank; all ranks call it.
+    engine: Evaluated, task: Task, loader: Batches, data: DataConfig, stop_asked: Callable[[], bool] = lambda: False
+) -> Tensor | None:
+    """The task's totals over one pass of `loader`, on the CPU, the same on every rank; all ranks call it.
 
     Batches have the same number on every rank (padding does not count), because a sharded network computes
     together. Returns None when all ranks agreed to stop half way.
@@ -27,15 +56,50 @@ def evaluate(
     totals = None
     engine.network.eval()
     loader.set_epoch(0)
-    for batch in loader:
+    batches: Iterable[Batch] = loader
+    for batch in batches:
         if stop_asked():
             return None
         images = normalize(batch.images.to(device, non_blocking=True), data.mean, data.std)
         with engine.arithmetic():
             counted = task.totals(engine.network, images, batch.labels.to(device), batch.valid.to(device))
-        totals = counted if totals is None else totals + counted
+        totals = counted if totals is None else totals.add_(counted)
     if totals is None:
         raise ValueError("nothing to evaluate: the evaluation split has no samples")
     if engine.world.size > 1:
         dist.all_reduce(totals)
-    return task.metrics(totals.cpu())
+    return totals.cpu()
+
+
+@dataclass
+class Inference:
+    """A network that is whole on every rank and only evaluated: no optimizer, and no engine's needs."""
+
+    network: nn.Module
+    world: World
+    config: EngineConfig
+
+    def __post_init__(self) -> None:
+        self.network.to(self.world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """The precision that the engine is configured to train in, as ddp does it."""
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
+
+
+class Flipped(nn.Module):
+    """The mean answer to an image and to its mirror image (left and right exchanged)."""
+
+    def __init__(self, network: nn.Module, mean_of: FlipMean):
+        """`mean_of`: "probabilities" averages what softmax gives, "logits" what the network gives."""
+        super().__init__()
+        self.network = network
+        self.mean_of = mean_of
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) -> (n, classes) float32 logits of the mean; mean probabilities come as their logarithms."""
+        both = torch.stack([self.network(images).float(), self.network(images.flip(-1)).float()])
+        if self.mean_of == "logits":
+            return both.mean(dim=0)
+        return both.log_softmax(dim=-1).logsumexp(dim=0) - math.log(2)

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from dgt.training import events
+from dgt.training import events, pictures
 from dgt.training.checkpoint import write_durably
 from dgt.training.run_folder import RunFolder
 from dgt.training.state import Outcome
@@ -135,6 +136,17 @@ class Monitor:
             self.curves.flush()
             self.plotted = step
 
+    def draw(self, step: int, drawings: Mapping[str, Callable[[], np.ndarray]]) -> None:
+        """One TensorBoard picture per name, uint8 (H, W, 3); a full disk costs pictures, not the run."""
+        if self.curves is None:
+            return
+        try:
+            for name, drawn in drawings.items():
+                self.curves.add_image(name, drawn(), step, dataformats="HWC")
+            self.curves.flush()
+        except OSError as error:
+            self.failed(f"the pictures of step {step} could not be written", error)
+
     def tell_events(self, step: int, ending: str = "") -> None:
         """Puts the launcher's events into TensorBoard as a table, with the attempt's `ending` below where it has one.
 
@@ -181,12 +193,14 @@ class Monitor:
         self.seconds = self.waited = 0.0
         self.steps = self.macs = 0
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Reports the metrics of one evaluation."""
+    def evaluation(self, step: int, metrics: Mapping[str, float], confusion: np.ndarray | None = None) -> None:
+        """Reports the metrics of one evaluation, and as a picture `confusion`: (classes, classes) samples."""
         if self.is_main:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             log.info("evaluation after step %d:  %s", step, shown)
             self.write(step, {f"val/{name}": value for name, value in metrics.items()})
+            if confusion is not None:
+                self.draw(step, {"val/confusion": lambda: pictures.confusion(confusion)})
 
     def saved(self, step: int, seconds: float) -> None:
         """Reports how long the checkpoint of `step` took.

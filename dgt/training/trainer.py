@@ -226,16 +226,17 @@ class Trainer:
         if not self.evaluation_is_due():
             return False
         with self.engine.averaged_weights(self.ema):
-            metrics = evaluate(
+            totals = evaluate(
                 self.engine, self.task, self.validation_data, self.config.data, lambda: bool(self.asked_to_stop())
             )
-        if metrics is None:
+        if totals is None:
             return False
+        metrics = self.task.metrics(totals)
         progress, value = self.progress, metrics[self.task.best_metric]
         self.metrics, progress.evaluated_at = metrics, progress.step
         if progress.best_metric is None or value > progress.best_metric:
             progress.best_metric, progress.best_step = value, progress.step
-        self.monitor.evaluation(progress.step, metrics)
+        self.monitor.evaluation(progress.step, metrics, self.task.confusion(totals))
         return True
 
     def save_is_due(self) -> bool:

@@ -1,0 +1,151 @@
+"""Pictures drawn with Pillow, which timm brings along: a confusion matrix, a reliability diagram, training samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+WHITE, INK, SOFT, GRID = (255, 255, 255), (32, 36, 44), (110, 116, 128), (222, 225, 230)
+RIGHT, WRONG, GAP = (30, 110, 190), (205, 70, 45), (240, 190, 175)
+"""Colours of right answers, of wrong ones, and of a gap in calibration."""
+SIZE = 900
+"""Least side of a confusion matrix, in pixels."""
+NAMED_CLASSES, NUMBERED_CLASSES = 40, 20
+"""Most classes whose names stand at the border, and whose counts stand in the cells."""
+
+
+def font(size: float) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own typeface, so that pictures look the same everywhere."""
+    return ImageFont.load_default(size)
+
+
+def mixed(share: np.ndarray, colour: Sequence[int]) -> np.ndarray:
+    """(...,) shares in [0, 1] -> (..., 3) float colours between white and `colour`."""
+    return 255 + share[..., None] * (np.array(colour, float) - 255)
+
+
+def confusion(counts: np.ndarray, names: Sequence[str] = ()) -> np.ndarray:
+    """Draws (classes, classes) samples by class and guess: uint8 (H, W, 3).
+
+    Rows are scaled to the class's samples: blue on the diagonal, red elsewhere, with square roots, so that rare
+    mistakes show. Up to 20 classes have their counts in the cells, up to 40 their names at the border. Beyond 900
+    classes cells are one pixel; a mistake is then widened to its neighbours.
+    """
+    classes = len(counts)
+    share = np.sqrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
+    diagonal = np.eye(classes, dtype=bool)
+    off = np.where(diagonal, 0, share)
+    cell = max(1, SIZE // classes)
+    if cell < 3:
+        off = widened(off)
+    colours = np.where(diagonal[..., None], mixed(share, RIGHT), mixed(off, WRONG))
+    if cell < 3:
+        near = widened(np.where(diagonal, share, 0))
+        band = (near > 0) & (off == 0)
+        colours[band] = mixed(near, RIGHT)[band]
+    body = np.repeat(np.repeat(colours, cell, axis=0), cell, axis=1).round().astype(np.uint8)
+    labels = [names[i] if i < len(names) else str(i) for i in range(classes)]
+    named = classes <= NAMED_CLASSES
+    small = font(max(11, min(18, cell * 0.6)))
+    widest = max(math.ceil(small.getlength(label[:24])) for label in labels) if named else 40
+    left, top = widest + 50, 64
+    canvas = Image.new("RGB", (left + len(body) + 24, top + len(body) + widest + 60), WHITE)
+    canvas.paste(Image.fromarray(body), (left, top))
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle((left - 1, top - 1, left + len(body), top + len(body)), outline=SOFT)
+    title = f"{int(np.trace(counts)):,} of {int(counts.sum()):,} right"
+    draw.text((left, 12), title, INK, font(22))
+    draw.text((left, 40), "share of the class's images: blue right, red wrong (square root)", SOFT, font(14))
+    step = 1 if named else nice_step(classes)
+    for i in range(0, classes, step):
+        middle = round((i + 0.5) * cell)
+        label = labels[i][:24] if named else str(i)
+        draw.text((left - 8, top + middle), label, INK, small, anchor="rm")
+        below = top + len(body) + 8
+        if named and widest > cell:
+            upright(canvas, (left + middle, below), label, small)
+        else:
+            draw.text((left + middle, below), label, INK, small, anchor="ma")
+    upright(canvas, (16, top + len(body) // 2), "class", font(16), centred=True)
+    draw.text((left + len(body) // 2, canvas.height - 12), "first guess", SOFT, font(16), anchor="mb")
+    if classes <= NUMBERED_CLASSES:
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                colour = WHITE if share[row, column] > 0.6 else INK
+                at = (left + (column + 0.5) * cell, top + (row + 0.5) * cell)
+                draw.text(at, f"{int(count)}", colour, font(min(20, cell * 0.36)), anchor="mm")
+    return np.asarray(canvas)
+
+
+def widened(values: np.ndarray) -> np.ndarray:
+    """Each cell of a square matrix takes the largest value of its 3 x 3 neighbourhood."""
+    padded = np.pad(values, 1)
+    n = len(values)
+    return np.max([padded[i : i + n, j : j + n] for i in range(3) for j in range(3)], axis=0)
+
+
+def nice_step(count: int) -> int:
+    """1, 2 or 5 times a power of ten, such that about ten steps make `count`."""
+    power = 10 ** math.floor(math.log10(count / 10))
+    return next(int(m * power) for m in (1, 2, 5, 10) if m * power * 10 >= count)
+
+
+def upright(
+    canvas: Image.Image, at: tuple[int, int], text: str, face: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+    centred: bool = False,
+) -> None:  # fmt: skip
+    """Writes text that is read from below: its end, or with `centred` its middle, is at `at`, horizontally centred."""
+    box = face.getbbox(text)
+    width, height = math.ceil(box[2]) + 2, math.ceil(box[3]) + 2
+    label = Image.new("RGB", (width, height), WHITE)
+    ImageDraw.Draw(label).text((1, 0), text, SOFT if centred else INK, face)
+    turned = label.rotate(90, expand=True)
+    x, y = at
+    canvas.paste(turned, (x - turned.width // 2, y - (turned.height // 2 if centred else 0)))
+
+
+def reliability(bins: np.ndarray, error: float) -> np.ndarray:
+    """Draws a reliability diagram (Guo et al. 2017, figure 1) above the number of samples: uint8 (H, W, 3).
+
+    `bins`: (n, 3) samples, right answers and summed confidence of n equal bins of [0, 1]; `error`: the expected
+    calibration error in percent.
+    """
+    side, low, left, top = 560, 130, 76, 64
+    canvas = Image.new("RGB", (left + side + 28, top + side + low + 100), WHITE)
+    draw = ImageDraw.Draw(canvas)
+    samples, width = bins[:, 0], side / len(bins)
+    draw.text((left, 12), f"expected calibration error {error:.2f} %", INK, font(22))
+    draw.text((left, 40), "blue: accuracy; red: its distance from the mean confidence", SOFT, font(14))
+    scale = tick_marks(draw, left, top, side)
+    for i, (count, right, confidence) in enumerate(bins):
+        if not count:
+            continue
+        x0, x1 = left + i * width + 1, left + (i + 1) * width - 1
+        accuracy, claimed = scale(right / count), scale(confidence / count)
+        draw.rectangle((x0, accuracy, x1, top + side), fill=RIGHT)
+        draw.rectangle((x0, min(accuracy, claimed), x1, max(accuracy, claimed)), fill=GAP, outline=WRONG)
+    draw.line((left, top + side, left + side, top), SOFT, 2)
+    base = top + side + 48 + low
+    for i, count in enumerate(samples):
+        height = low * count / max(samples.max(), 1)
+        draw.rectangle((left + i * width + 1, base - height, left + (i + 1) * width - 1, base), fill=SOFT)
+    draw.text((left - 10, base - low), f"{int(samples.max()):,}", INK, font(14), anchor="rm")
+    draw.text((left - 10, base), "0", INK, font(14), anchor="rm")
+    draw.text((left + side / 2, canvas.height - 10), "confidence of the first guess", INK, font(16), anchor="mb")
+    upright(canvas, (18, top + side // 2), "accuracy", font(16), centred=True)
+    upright(canvas, (18, base - low // 2), "images", font(16), centred=True)
+    return np.asarray(canvas)
+
+
+def tick_marks(draw: ImageDraw.ImageDraw, left: int, top: int, side: int) -> Callable[[float], float]:
+    """Draws the axes of a square from 0 to 1; returns the height in pixels of a value."""
+    for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        x, y = left + tick * side, top + (1 - tick) * side
+        draw.line((left, y, left + side, y), GRID)
+        draw.line((x, top, x, top + side), GRID)
+        draw.text((left - 10, y), f"{tick:.1f}", INK, font(14), anchor="rm")
+        draw.text((x, top + side + 8), f"{tick:.1f}", INK, font(14), anchor="ma")
+    return lambda value: top + (1 - value) * side
