@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from launch.runs import LaunchError
 
 if TYPE_CHECKING:
     from dgt.config import Config
+    from dgt.training.tensor_files import TensorFiles
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
 def export(options: argparse.Namespace) -> int:
     """Reads, checks, writes."""
     from dgt.config import load
+    from dgt.training.checkpoint import tensors_in, wording
     from dgt.training.run_folder import RunFolder
     from launch import checks, weights
     from launch.train import set_up_logging
@@ -60,9 +62,11 @@ def export(options: argparse.Namespace) -> int:
     folder = RunFolder(Path(options.run)) if options.run else None
     config = weights.without_start(load(folder.config if folder else options.config, options.overrides))
     found = weights.find((folder or RunFolder(config.run_dir)).checkpoints, options.checkpoint)
-    tensors, kind = weights.read(found, checks.network(config), options.weights)
-    facts = metadata(config) | {"step": str(found.step), "weights": kind}
-    write(out, tensors, facts)
+    with wording(found):
+        stored = tensors_in(found)
+        names, kind = weights.names_in(found, stored, checks.network(config), options.weights)
+        facts = metadata(config) | {"step": str(found.step), "weights": kind}
+        write(out, stored, names, facts)
     print(f"{out}: {kind} weights of {found.path}, {out.stat().st_size:,} bytes")
     arguments = "".join(f", {key}={value}" for key, value in json.loads(facts["model_args"]).items())
     print("import dgt, timm")
@@ -115,17 +119,20 @@ def class_names(config: Config) -> tuple[str, ...] | None:
         source.close()
 
 
-def write(path: Path, tensors: dict[str, Any], facts: dict[str, str]) -> None:
-    """Writes the file so that nobody ever sees a part of it. Raises LaunchError where that fails."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def write(path: Path, stored: TensorFiles, names: Mapping[str, str], facts: dict[str, str]) -> None:
+    """Writes the tensors that are `stored` under `names`, one after the other, so that nobody ever sees a part of it.
 
+    Raises LaunchError where it cannot be written, and what reading raises.
+    """
+    from dgt.training import tensor_files
+
+    layout = {name: (stored.dtype(saved), stored.shape(saved)) for name, saved in names.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=facts)
+        tensor_files.write_file(temporary, layout, lambda name: stored.whole(names[name]), facts)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise LaunchError(f"{path} cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)

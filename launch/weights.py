@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
 
     from dgt.config import Config
     from dgt.training.checkpoint import Checkpoint
+    from dgt.training.tensor_files import TensorFiles
 
 Kind = Literal["ema", "raw"]
 
@@ -67,38 +67,37 @@ def read(checkpoint: Checkpoint, network: nn.Module, kind: Kind | None) -> tuple
     `kind`: averaged or raw weights; None takes the averaged where there are any. Returns the tensors and their kind.
     Raises CheckpointError where names or shapes are not the network's, LaunchError where there are no averages.
     """
-    import torch
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.api import CheckpointException
+    from dgt.training.checkpoint import tensors_in, wording
 
+    with wording(checkpoint):
+        stored = tensors_in(checkpoint)
+        names, kind = names_in(checkpoint, stored, network, kind)
+        return {name: stored.whole(saved) for name, saved in names.items()}, kind
+
+
+def names_in(
+    checkpoint: Checkpoint, stored: TensorFiles, network: nn.Module, kind: Kind | None
+) -> tuple[dict[str, str], Kind]:
+    """Under which name a checkpoint holds each tensor of the network's state dict, and the kind; raises as `read`."""
     from dgt.training.checkpoint import CheckpointError
+    from dgt.training.tensor_files import TensorFileError
 
-    saved = FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
-    averaged = any(name.startswith("ema.") for name in saved)
+    averaged = any(name.startswith("ema.") for name in stored.tensors)
     if kind == "ema" and not averaged:
         raise LaunchError(f"{checkpoint.path} holds no averaged weights (ema.decay was 0); use --weights raw")
     kind = kind or ("ema" if averaged else "raw")
     part = "ema" if kind == "ema" else "model"
-    parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
-    sections: dict[str, dict[str, Tensor]] = {"model": dict(buffers)}
-    sections.setdefault(part, {}).update(parameters)
-    expected = {name for name in saved if name.startswith(f"{part}.")} - {f"model.{name}" for name in buffers}
-    if foreign := expected - {f"{part}.{name}" for name in parameters}:
+    parameters, state = dict(network.named_parameters()), network.state_dict()
+    known = {f"{part}.{name}" for name in parameters} | {f"model.{name}" for name, _ in network.named_buffers()}
+    if foreign := {name for name in stored.tensors if name.startswith(f"{part}.")} - known:
         raise CheckpointError(f"{checkpoint.path}: {min(foreign)} and {len(foreign) - 1} others are not the network's")
-    tensors = {
-        section: {name: torch.empty(like.shape, dtype=like.dtype, device="cpu") for name, like in likes.items()}
-        for section, likes in sections.items()
-        if likes
-    }
-    with warnings.catch_warnings():  # torch warns that there are no ranks, as is meant here
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            dcp.load(tensors, checkpoint_id=checkpoint.path, no_dist=True)
-        except CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise CheckpointError(f"{checkpoint.path}: does not fit {type(network).__name__}: {cause}") from None
-    return {name: tensor for section in tensors.values() for name, tensor in section.items()}, kind
+    names = {name: f"{part if name in parameters else 'model'}.{name}" for name in state}
+    try:
+        for name, saved in names.items():
+            stored.check(saved, state[name].shape, state[name].dtype)
+    except TensorFileError as error:
+        raise CheckpointError(f"{checkpoint.path}: does not fit {type(network).__name__}: {error}") from None
+    return names, kind
 
 
 def without_start(config: Config) -> Config:

@@ -7,22 +7,24 @@
         step_00001300.saving/    a save under way, or one that was cut off; never read, removed by the next run
         step_00001100.damaged/   failed verification; kept for inspection, never read
 
-Any number of ranks, under any engine, loads what any other has saved: tensors are stored by parameter name.
+Any number of ranks, under any engine, loads what any other has saved: tensors are stored by parameter name. What may
+be relied upon on which file system is said in dgt/training/files.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dgt.training import tensor_files
+from dgt.training.files import await_size, described, free_space, patiently, rename, sync_folder, write_durably
 from dgt.training.pieces import Pieces
 from dgt.training.tensor_files import TensorFileError, TensorFiles
 from dgt.training.world import World
@@ -114,16 +116,19 @@ def save(
 
     def write() -> None:
         name = f"rank-{world.rank:05d}.safetensors"
+        patiently(temporary.stat)
         written[name] = tensor_files.write(temporary / name, pieces)
+        sync_folder(temporary)
 
     def commit() -> None:
         if world.is_main:
+            for name, entry in files.items():
+                await_size(temporary / name, entry["size"])
             tensors = tensor_files.describe(pieces)
             body = {"format": FORMAT, "step": step, **facts, "tensors": tensors, "files": files}
             write_manifest(temporary, body)
             permit()
-            temporary.rename(final)
-            sync_folder(folder)
+            rename(temporary, final)
 
     error = attempt(prepare, world) or attempt(write, world)
     files = {name: entry for part in world.gather(written) for name, entry in part.items()}
@@ -137,14 +142,6 @@ def save(
     return f"the checkpoint of step {step} could not be written to {folder} ({free}): {error}"
 
 
-def free_space(folder: Path) -> str:
-    """What is free on the disk of `folder`, in words."""
-    try:
-        return f"{shutil.disk_usage(folder).free / 1e6:.0f} MB free"
-    except OSError as error:
-        return f"free space unknown: {error.strerror or error}"
-
-
 def attempt(act: Callable[[], None], world: World) -> str | None:
     """Runs `act` on every rank; the first rank's failure in words, the same on all ranks, or None."""
     failure = None
@@ -153,27 +150,6 @@ def attempt(act: Callable[[], None], world: World) -> str | None:
     except Exception as error:  # of any kind: the other ranks wait for this one's answer
         failure = f"{type(error).__name__}: {error}"
     return next((f for f in world.gather(failure) if f), None)
-
-
-def described(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file, which is made durable on the way."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replaces a file by `text` in one step and waits until it is on the disk."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def write_manifest(path: Path, body: dict[str, Any]) -> None:
@@ -191,15 +167,6 @@ def replace_facts(path: Path, facts: dict[str, Any]) -> None:
     manifest = verify(path).manifest
     kept = {key: manifest[key] for key in ("format", "step", "tensors", "files")}
     write_manifest(path, kept | facts)
-
-
-def sync_folder(path: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def committed(folder: Path) -> list[Path]:
@@ -273,15 +240,21 @@ def newest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def tensors_in(checkpoint: Checkpoint) -> TensorFiles:
-    """The tensors of a verified checkpoint, readable by name. Raises CheckpointError."""
+@contextmanager
+def wording(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turns what reading a checkpoint's files can raise into UnreadableError or CheckpointError."""
     try:
-        files = [checkpoint.path / name for name in checkpoint.manifest["files"]]
-        return TensorFiles(files, checkpoint.manifest["tensors"])
+        yield
     except OSError as error:
         raise UnreadableError(f"{checkpoint.path}: cannot be read now: {error}") from None
     except TensorFileError as error:
-        raise CheckpointError(str(error)) from None
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+
+
+def tensors_in(checkpoint: Checkpoint) -> TensorFiles:
+    """The tensors of a verified checkpoint, readable by name. Raises TensorFileError, OSError; see `wording`."""
+    files = [checkpoint.path / name for name in checkpoint.manifest["files"]]
+    return TensorFiles(files, checkpoint.manifest["tensors"])
 
 
 def read_pieces(checkpoint: Checkpoint, pieces: Pieces, world: World) -> None:
@@ -299,7 +272,7 @@ def read_pieces(checkpoint: Checkpoint, pieces: Pieces, world: World) -> None:
             if foreign := sorted(stored.tensors.keys() - pieces.keys()):
                 raise CheckpointError(f"it also holds {foreign[0]} and {len(foreign) - 1} others, not known here")
             stored.fill(pieces)
-        except (OSError, UnreadableError) as error:
+        except OSError as error:
             unreadable = str(error)
 
     failure = attempt(read, world)

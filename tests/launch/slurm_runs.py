@@ -17,12 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 from conftest import PATIENCE, REPOSITORY, steps_logged, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from dgt.training import checkpoint
 from dgt.training.sample_log import surviving_samples
 from launch import events, runs, submit
 from launch.local_slurm import LocalSlurm
@@ -276,10 +275,8 @@ class Result:
 def result(run: Path) -> Result:
     """Reads it from the run's folder."""
     last = max((run / "checkpoints").glob("step_????????"))
-    metadata = dcp.FileSystemReader(last).read_metadata().state_dict_metadata
-    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items()
-             if isinstance(m, TensorStorageMetadata)}  # fmt: skip
-    dcp.load(state, checkpoint_id=last, no_dist=True)
+    stored = checkpoint.tensors_in(checkpoint.verify(last))
+    state = {name: stored.whole(name) for name in stored.tensors}
     progress = json.loads((last / "manifest.json").read_text())["progress"]
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     curve = [(point.step, point.value) for point in board.Scalars("train/loss")]

@@ -222,7 +222,7 @@ def test_damaged_checkpoint_is_named_and_nothing_is_exported(
 
     damaged = tmp_path / "step_00000024"
     shutil.copytree(line.run / "checkpoints" / "step_00000024", damaged)
-    victim = next(damaged.glob("__0_*.distcp"))
+    victim = damaged / "rank-00000.safetensors"
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)

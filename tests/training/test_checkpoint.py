@@ -15,8 +15,9 @@ from ranks import kill_self, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dgt.training import checkpoint
+from dgt.training import checkpoint, tensor_files
 from dgt.training.checkpoint import CheckpointError
+from dgt.training.pieces import Piece, Pieces, piece_of
 from dgt.training.world import World, joined
 
 
@@ -26,9 +27,13 @@ def world() -> Iterator[World]:
         yield joined_world
 
 
+def weights(value: float, rows: int = 4) -> Pieces:
+    return {"model.w": Piece(torch.full((rows, 3), value), (rows, 3))}
+
+
 def save(folder: Path, step: int, world: World) -> str | None:
     folder.mkdir(exist_ok=True, parents=True)
-    return checkpoint.save(folder, step, {"model": {"w": torch.full((4, 3), float(step))}}, {"progress": {}}, world)
+    return checkpoint.save(folder, step, weights(float(step)), {"progress": {}}, world)
 
 
 def names(folder: Path) -> list[str]:
@@ -40,10 +45,10 @@ def test_a_checkpoint_reads_back_what_was_saved(tmp_path: Path, world: World) ->
     found = checkpoint.newest(tmp_path, print)
     assert found is not None
     assert (found.step, found.path.name) == (7, "step_00000007")
-    tensors = {"model": {"w": torch.zeros(4, 3)}}
-    checkpoint.read_tensors(found, tensors, world)
-    assert (tensors["model"]["w"] == 7).all()
-    assert set(found.manifest["files"]) == {"__0_0.distcp", ".metadata"}
+    pieces = weights(0.0)
+    checkpoint.read_pieces(found, pieces, world)
+    assert (pieces["model.w"].local == 7).all()
+    assert set(found.manifest["files"]) == {"rank-00000.safetensors"}
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "manifest flip", "no manifest"])
@@ -53,7 +58,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_set_aside(
     save(tmp_path, 1, world)
     save(tmp_path, 2, world)
     newest = tmp_path / "step_00000002"
-    data = newest / "__0_0.distcp"
+    data = newest / "rank-00000.safetensors"
     if damage == "flip":
         content = bytearray(data.read_bytes())
         content[len(content) // 2] ^= 1
@@ -99,12 +104,12 @@ def test_a_checkpoint_that_cannot_be_judged_stops_the_run_and_stays_where_it_is(
 
 def test_facts_of_a_step_can_be_replaced_and_its_tensors_stay(tmp_path: Path, world: World) -> None:
     save(tmp_path, 1, world)
-    before = (tmp_path / "step_00000001" / "__0_0.distcp").stat().st_mtime_ns
+    before = (tmp_path / "step_00000001" / "rank-00000.safetensors").stat().st_mtime_ns
     assert checkpoint.save(tmp_path, 1, {}, {"progress": {"evaluated_at": 1}}, world) is None
     found = checkpoint.newest(tmp_path, print)
     assert found is not None
     assert found.manifest["progress"] == {"evaluated_at": 1}
-    assert (tmp_path / "step_00000001" / "__0_0.distcp").stat().st_mtime_ns == before
+    assert (tmp_path / "step_00000001" / "rank-00000.safetensors").stat().st_mtime_ns == before
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_reported_and_stops_nothing(
@@ -131,16 +136,17 @@ KILL_POINTS = ("write", "written", "manifest", "before the rename", "after the r
 def save_and_die(folder: Path, point: str) -> None:
     """Saves steps 1 and 2, then dies at a point of saving step 3 and pruning step 1."""
     with joined() as world:
-        rename, replace, dcp_save = Path.rename, os.replace, checkpoint.dcp.save
+        rename, replace, write = Path.rename, os.replace, tensor_files.write
         for step in (1, 2):
             save(folder, step, world)
 
-        def killing_save(*args: Any, **kwargs: Any) -> None:
+        def killing_write(*args: Any) -> Any:
             if point == "write":
                 kill_self()
-            dcp_save(*args, **kwargs)
+            written = write(*args)
             if point == "written":
                 kill_self()
+            return written
 
         def killing_replace(*args: Any) -> None:
             if point == "manifest":
@@ -148,7 +154,7 @@ def save_and_die(folder: Path, point: str) -> None:
             replace(*args)
 
         def killing_rename(path: Path, target: Path) -> Path:
-            committing = path.name == "step_00000003.saving"  # torch renames its own metadata, too
+            committing = path.name == "step_00000003.saving"
             if point == "before the rename" and committing:
                 kill_self()
             result = rename(path, target)
@@ -158,7 +164,7 @@ def save_and_die(folder: Path, point: str) -> None:
                 kill_self()
             return result
 
-        checkpoint.dcp.save, os.replace, Path.rename = killing_save, killing_replace, killing_rename  # type: ignore
+        tensor_files.write, os.replace, Path.rename = killing_write, killing_replace, killing_rename  # type: ignore
         save(folder, 3, world)
         checkpoint.prune(folder, 2, None, print)
 
@@ -178,7 +184,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_newest_whole_checkpoint(tmp_p
 
 def test_no_fresh_start_where_every_checkpoint_is_damaged(tmp_path: Path, world: World) -> None:
     save(tmp_path, 1, world)
-    (tmp_path / "step_00000001" / "__0_0.distcp").unlink()
+    (tmp_path / "step_00000001" / "rank-00000.safetensors").unlink()
     for _ in range(2):  # the second attempt finds only what the first has set aside
         with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
             checkpoint.newest(tmp_path, lambda _: None)
@@ -205,10 +211,14 @@ def test_other_names_or_shapes_are_refused_in_one_sentence(tmp_path: Path, world
     save(tmp_path, 1, world)
     found = checkpoint.newest(tmp_path, print)
     assert found is not None
-    with pytest.raises(CheckpointError, match=r"does not fit this network or optimizer: .*other"):
-        checkpoint.read_tensors(found, {"model": {"other": torch.zeros(4, 3)}}, world)
-    with pytest.raises(CheckpointError, match="does not fit"):
-        checkpoint.read_tensors(found, {"model": {"w": torch.zeros(5, 3)}}, world)
+    for pieces, sentence in (
+        ({"model.other": weights(0.0)["model.w"]}, "model.w and 0 others, not known here"),
+        (weights(0.0) | {"model.other": weights(0.0)["model.w"]}, "model.other is not in it"),
+        (weights(0.0, rows=5), r"model.w has the shape \(4, 3\) there and \(5, 3\) here"),
+        ({"model.w": Piece(torch.zeros(4, 3, dtype=torch.float16), (4, 3))}, "model.w is F32 there and F16 here"),
+    ):
+        with pytest.raises(CheckpointError, match=f"does not fit this network or optimizer: .*{sentence}"):
+            checkpoint.read_pieces(found, pieces, world)
 
 
 def save_on_full_disk(folder: Path) -> tuple[str | None, str | None, list[str]]:
@@ -218,7 +228,7 @@ def save_on_full_disk(folder: Path) -> tuple[str | None, str | None, list[str]]:
         sharded = distribute_tensor(torch.arange(3_000_000, dtype=torch.float32).view(3, -1), mesh, [Shard(0)])
 
         def save(step: int) -> str | None:
-            return checkpoint.save(folder, step, {"model": {"w": sharded}}, {}, world)
+            return checkpoint.save(folder, step, {"w": piece_of(sharded, world.rank, world.size)}, {}, world)
 
         assert save(1) is None
         if world.is_main:
@@ -250,7 +260,7 @@ def sharded_save(folder: Path) -> None:
     with joined() as world:
         mesh = init_device_mesh("cpu", (world.size,))
         tensor = distribute_tensor(torch.arange(35.0).view(7, 5), mesh, [Shard(0)])
-        assert checkpoint.save(folder, 1, {"w": tensor}, {}, world) is None
+        assert checkpoint.save(folder, 1, {"w": piece_of(tensor, world.rank, world.size)}, {}, world) is None
 
 
 def sharded_load(folder: Path) -> torch.Tensor:
@@ -259,7 +269,7 @@ def sharded_load(folder: Path) -> torch.Tensor:
         tensor = distribute_tensor(torch.zeros(7, 5), mesh, [Shard(0)])
         found = world.on_main(lambda: checkpoint.newest(folder, print))
         assert found is not None
-        checkpoint.read_tensors(found, {"w": tensor}, world)
+        checkpoint.read_pieces(found, {"w": piece_of(tensor, world.rank, world.size)}, world)
         return tensor.full_tensor()
 
 
@@ -267,6 +277,6 @@ def sharded_load(folder: Path) -> torch.Tensor:
 def test_any_number_of_ranks_reads_what_another_number_has_saved(tmp_path: Path, saved_by: int, loaded_by: int) -> None:
     run_ranks(saved_by, sharded_save, tmp_path)
     manifest: dict[str, Any] = json.loads((tmp_path / "step_00000001" / "manifest.json").read_text())
-    assert {f"__{rank}_0.distcp" for rank in range(saved_by)} < set(manifest["files"])
+    assert set(manifest["files"]) == {f"rank-{rank:05d}.safetensors" for rank in range(saved_by)}
     for result in run_ranks(loaded_by, sharded_load, tmp_path):
         assert torch.equal(result.value, torch.arange(35.0).view(7, 5))
