@@ -40,7 +40,7 @@ def test_base_files_are_relative_to_the_file_and_overrides_come_last(tmp_path: P
         ("steps: {epochs: 0}", "steps: epochs: must be at least 1, got 0"),
         ("steps: 3", "steps: expected a section of keys and values, got 3"),
         ("steps:", "steps: expected a section of keys and values, got nothing"),
-        ("engine: {name: horovod}", "engine.name: Input should be 'ddp' or 'fsdp'"),
+        ("engine: {name: horovod}", "engine.name: Input should be 'ddp', 'fsdp' or 'deepspeed'"),
         ("optimizer: {betas: [0.9]}", "optimizer.betas"),
         ("steps: {micro_batch_size: 3}", "micro_batch_size: must be even while mixing is on"),
         (

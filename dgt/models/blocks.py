@@ -4,6 +4,8 @@ A (B, H, W, C) tensor and a channels-last (B, C, H, W) one are views of the same
 attention read tokens, convolutions read images, and nothing is ever transposed.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function, register_notrace_module
@@ -79,8 +81,8 @@ class IRFFN(nn.Module):
 class DGTBlock(nn.Module):
     """Conditional position embedding, DG-Attention and IRFFN, each with its shortcut.
 
-    The block is the unit of sharding and of recomputation. Activation checkpointing happens inside
-    `forward`, so that hooks and wrappers on the block stay outside of it.
+    The block is the unit of sharding, of compilation and of recomputation. The latter two happen inside `forward`, so
+    that hooks and wrappers on the block stay outside of them.
 
     Args:
         dim: channels.
@@ -109,12 +111,20 @@ class DGTBlock(nn.Module):
                 drop_path_scale(x, self.drop_path, sample_keys, 2 * self.index),
                 drop_path_scale(x, self.drop_path, sample_keys, 2 * self.index + 1),
             )
+        return self.body(x, *scales)
+
+    def body(self, x: Tensor, attn_scale: Tensor | None = None, ffn_scale: Tensor | None = None) -> Tensor:
+        """What is compiled: it reads nothing that is a block's own, so that the blocks of a stage share one graph."""
         if self.checkpointing is None or not torch.is_grad_enabled():
-            return self._residual(x, *scales)
+            return self._residual(x, attn_scale, ffn_scale)
         contexts = checkpoint_contexts(self.checkpointing)
         return checkpoint(
-            self._residual, x, *scales, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+            self._residual, x, attn_scale, ffn_scale, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
         )
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the block in place, with torch.compile's arguments; hooks and drop-path draws stay outside."""
+        self.body = torch.compile(self.body, *args, **kwargs)  # type: ignore[method-assign]
 
     def _residual(self, x: Tensor, attn_scale: Tensor | None = None, ffn_scale: Tensor | None = None) -> Tensor:
         x = x + self.cpe(x)

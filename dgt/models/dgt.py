@@ -145,12 +145,13 @@ class DGT(nn.Module):
         ]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else per_block}
 
-    def set_grad_checkpointing(self, enable: bool = True, mode: str = "full") -> None:
+    def set_grad_checkpointing(self, enable: bool = True, mode: str = "full", every: int = 1) -> None:
         """Recompute each block's activations in the backward pass; the routing is saved, never recomputed.
 
         Args:
             enable: switch on or off.
             mode: "full" saves nothing else, "selective" also matrix products and attention results.
+            every: do so in every this manieth block only, the network's first one included.
 
         Raises:
             ValueError: for an unknown mode.
@@ -158,7 +159,7 @@ class DGT(nn.Module):
         checkpoint_contexts(mode)
         for module in self.modules():
             if isinstance(module, DGTBlock):
-                module.checkpointing = mode if enable else None
+                module.checkpointing = mode if enable and module.index % every == 0 else None
 
     def get_classifier(self) -> nn.Module:
         """The classifier's linear layer, or an identity where there is none."""

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dgt.training.optim import OptimizerConfig
 from dgt.training.parallel.config import EngineConfig
 from dgt.training.parallel.engine import Engine
+from dgt.training.parallel.precision import HALF
 from dgt.training.world import World
 
 
@@ -31,6 +32,6 @@ class DdpEngine(Engine):
         return nullcontext() if last or self.model is self.network else self.model.no_sync()  # type: ignore[operator]
 
     def arithmetic(self) -> AbstractContextManager[Any]:
-        """bfloat16 autocast where configured; weights and gradients stay float32."""
-        enabled = self.config.precision == "bf16"
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
+        """Autocast to 16 bits where configured; weights and gradients stay float32."""
+        half = HALF.get(self.config.precision)
+        return torch.autocast(self.world.device.type, half) if half else nullcontext()

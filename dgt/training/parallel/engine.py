@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from dgt.training.optim import (
     state_pieces,
 )
 from dgt.training.parallel.config import EngineConfig
+from dgt.training.parallel.precision import LossScale
 from dgt.training.pieces import Pieces, locals_of, piece_of
 from dgt.training.world import World
 
@@ -55,6 +57,7 @@ class Engine:
         self.world = world
         self.config = config
         self.clip = optimizer.clip_grad_norm
+        self.loss_scale = LossScale(config.loss_scale) if config.precision == "fp16" else None
         self.optimizer = build_optimizer(network, optimizer)
         make_state(self.optimizer)
 
@@ -68,6 +71,9 @@ class Engine:
 
     def reshard(self) -> None:
         """Brings all parameters into the layout they are kept in, so that they can be read and written in place."""
+
+    def publish(self) -> None:
+        """Lets the network compute with what has been written into `weights`, where these are copies of its own."""
 
     def train_step(
         self,
@@ -90,20 +96,40 @@ class Engine:
                 with self.arithmetic():
                     loss = loss_of(self.model, micro_batch)
                 # Engines average gradients over ranks; shares must be summed.
-                (loss * self.world.size).backward()
+                self.backward(loss * self.world.size)
             total += loss.detach()
-        grad_norm = float(self.clipped_norm())
         if self.world.size > 1:
             dist.all_reduce(total)
-        mean_loss = float(total)
-        taken = accept(mean_loss, grad_norm)
+        return self.update(float(total), accept)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of one micro-batch, times the loss scale, to what there is."""
+        (loss * self.loss_scale.value if self.loss_scale else loss).backward()
+
+    def update(self, loss: float, accept: Accept) -> StepResult:
+        """Ends a step whose gradients have met and whose mean loss is `loss`: clips, asks, updates."""
+        grad_norm = float(self.clipped_norm())
+        taken, rescaled = self.verdict(loss, grad_norm, accept)
         if taken:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(mean_loss, grad_norm, taken)
+        return StepResult(loss, grad_norm, taken, rescaled)
+
+    def verdict(self, loss: float, grad_norm: float, accept: Accept) -> tuple[bool, bool]:
+        """Whether a step is to be taken, and whether the loss scale was lowered because it is not."""
+        scale = self.loss_scale
+        if scale and math.isfinite(loss) and not math.isfinite(grad_norm) and scale.lower():
+            return False, True
+        taken = accept(loss, grad_norm)
+        if scale and taken:
+            scale.note_good()
+        return taken, False
 
     def clipped_norm(self) -> Tensor:
-        """Clips the gradient and returns its norm before that, the same on every rank."""
+        """Takes the loss scale out of the gradient, clips it, and returns its norm before, the same on every rank."""
+        if self.loss_scale:
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
         limit = self.clip if self.clip > 0 else float("inf")
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit, foreach=True)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -119,20 +145,26 @@ class Engine:
         own = [w.clone() for w in weights]
         with torch.no_grad():
             torch._foreach_copy_(weights, averages)
+        self.publish()
         try:
             yield
         finally:
             self.reshard()
             with torch.no_grad():
                 torch._foreach_copy_(weights, own)
+            self.publish()
 
     def weights(self) -> Pieces:
         """The float32 weights that the optimizer updates, by parameter name; they share memory with it."""
         rank, size = self.world.rank, self.world.size
         return {name: piece_of(p, rank, size) for name, p in self.network.named_parameters()}
 
+    def moments(self) -> Pieces:
+        """The optimizer's state by parameter name."""
+        return state_pieces(self.network, self.optimizer, self.world.rank, self.world.size)
+
     def state(self) -> Pieces:
-        """All tensors that decide the next step: weights and buffers under `model.`, moments under `optimizer.`.
+        """All tensors that decide the next step: `model.` weights and buffers, `optimizer.` moments, `precision.`
 
         The names are those of the network's parameters, the same under every engine. The pieces share memory with
         what they describe: loading into them, followed by `adopt`, restores the state.
@@ -140,12 +172,16 @@ class Engine:
         self.reshard()
         rank, size = self.world.rank, self.world.size
         buffers = {name: piece_of(b, rank, size) for name, b in self.network.named_buffers()}
-        moments = state_pieces(self.network, self.optimizer, rank, size)
-        return {f"model.{name}": piece for name, piece in (self.weights() | buffers).items()} | {
-            f"optimizer.{name}": piece for name, piece in moments.items()
-        }
+        scale = self.loss_scale.pieces(rank, size) if self.loss_scale else {}
+        parts = {"model": self.weights() | buffers, "optimizer": self.moments(), "precision": scale}
+        return {f"{part}.{name}": piece for part, pieces in parts.items() for name, piece in pieces.items()}
 
     def adopt(self, state: Pieces) -> None:
         """Follows up on a load into what `state` gave: takes over what does not share memory with it."""
         moments = {n.removeprefix("optimizer."): p for n, p in state.items() if n.startswith("optimizer.")}
+        self.adopt_numbers(moments)
+        self.publish()
+
+    def adopt_numbers(self, moments: Pieces) -> None:
+        """Takes those of the optimizer's loaded `moments` over that are plain numbers."""
         adopt_numbers(self.network, self.optimizer, moments)

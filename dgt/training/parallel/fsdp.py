@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from dgt.models import DGTBlock
 from dgt.training.optim import OptimizerConfig
 from dgt.training.parallel.config import EngineConfig
 from dgt.training.parallel.engine import Engine
+from dgt.training.parallel.precision import HALF
 from dgt.training.world import World
 
 
@@ -22,15 +23,20 @@ class FsdpEngine(Engine):
     """FSDP2's `fully_shard` around every DG-Attention block and around the rest."""
 
     def __init__(self, network: nn.Module, world: World, config: EngineConfig, optimizer: OptimizerConfig):
-        mesh = init_device_mesh(world.device.type, (world.size,))
+        options = config.fsdp
         inner = outer = MixedPrecisionPolicy()
-        if config.precision == "bf16":
-            inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if config.precision in HALF:
+            inner = MixedPrecisionPolicy(param_dtype=HALF[config.precision], reduce_dtype=torch.float32)
             outer = dataclasses.replace(inner, output_dtype=torch.float32)
+        offload = OffloadPolicy()
+        if options.cpu_offload:
+            offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
         network.to(world.device)
+        shared: dict[str, Any] = {"mesh": mesh_of(world, options.shard_size), "offload_policy": offload}
         for block in [module for module in network.modules() if isinstance(module, DGTBlock)]:
-            fully_shard(block, mesh=mesh, mp_policy=inner)
-        fully_shard(network, mesh=mesh, mp_policy=outer)
+            fully_shard(block, mp_policy=inner, reshard_after_forward=options.reshard_after_forward, **shared)
+        # The root's own weights are needed first in the backward pass that follows.
+        fully_shard(network, mp_policy=outer, reshard_after_forward=False, **shared)
         super().__init__(network, world, config, optimizer)
 
     @contextmanager
@@ -45,3 +51,16 @@ class FsdpEngine(Engine):
         for module in self.network.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def mesh_of(world: World, shard_size: int) -> DeviceMesh:
+    """All ranks in a row, or copies times `shard_size` ranks that share one (0 = all).
+
+    Raises ValueError where these groups would not come out even.
+    """
+    kind, size = world.device.type, shard_size or world.size
+    if world.size % size:
+        raise ValueError(f"engine.fsdp.shard_size: {world.size} ranks do not divide into groups of {size}")
+    if size == world.size:
+        return init_device_mesh(kind, (world.size,))
+    return init_device_mesh(kind, (world.size // size, size), mesh_dim_names=("replicate", "shard"))

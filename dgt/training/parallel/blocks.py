@@ -1,0 +1,44 @@
+"""What is done to the network's blocks before they are spread over ranks, whatever the engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch._dynamo
+from torch import nn
+
+from dgt.models import DGTBlock
+
+GRAPHS = 64
+"""Graphs that the blocks together may compile. All of them run the same code, and each kind of block has its own graph
+(4 stages, with and without drop path and recomputation, training and evaluation, some sizes); torch's own limit of 8
+would leave the rest uncompiled."""
+
+
+def compile_blocks(network: nn.Module, **options: Any) -> None:
+    """Compiles every DG-Attention block in place; `options` are torch.compile's."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, GRAPHS)
+    for module in network.modules():
+        if isinstance(module, DGTBlock):
+            module.compile(**options)
+
+
+def use_apex_layer_norm(network: nn.Module) -> None:
+    """Replaces the blocks' LayerNorm by apex's FusedLayerNorm, with the same parameters under the same names.
+
+    Raises RuntimeError where apex is not installed.
+    """
+    try:
+        from apex.normalization import FusedLayerNorm
+    except ImportError as error:
+        raise RuntimeError(
+            "engine.apex_layer_norm: apex cannot be imported here "
+            f"({error}); build it from https://github.com/NVIDIA/apex with its CUDA extensions, or set this to false"
+        ) from None
+    for block in [module for module in network.modules() if isinstance(module, DGTBlock)]:
+        for name in ("norm1", "norm2"):
+            norm = getattr(block, name)
+            fused = FusedLayerNorm(norm.normalized_shape, eps=norm.eps)
+            fused.weight, fused.bias = norm.weight, norm.bias
+            setattr(block, name, fused)
