@@ -68,9 +68,13 @@ class Counts:
         numbers, classes = totals.numpy(), self.num_classes
         sizes = [4, 3 * NUM_BINS, 3 * classes, classes]
         overall, bins, per_class, guessed, pairs = np.split(numbers, np.cumsum(sizes))
+        samples, right, among_five, loss = overall.tolist()
         support, top1, top5 = per_class.reshape(classes, 3).T
         return Counted(
-            *overall.tolist(),
+            samples=samples,
+            top1=right,
+            top5=among_five,
+            loss=loss,
             bins=bins.reshape(NUM_BINS, 3),
             support=support.astype(np.int64),
             hits=top1.astype(np.int64),

@@ -31,44 +31,30 @@ def confusion(counts: np.ndarray, names: Sequence[str] = ()) -> np.ndarray:
     """Draws (classes, classes) samples by class and guess: uint8 (H, W, 3).
 
     Rows are scaled to the class's samples: blue on the diagonal, red elsewhere, with square roots, so that rare
-    mistakes show. Up to 20 classes have their counts in the cells, up to 40 their names at the border. Beyond 900
-    classes cells are one pixel; a mistake is then widened to its neighbours.
+    mistakes show. Up to 20 classes have their counts in the cells, up to 40 their names at the border. Where cells
+    are smaller than three pixels, a mistake is widened to its neighbours.
     """
     classes = len(counts)
     share = np.sqrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
-    diagonal = np.eye(classes, dtype=bool)
-    off = np.where(diagonal, 0, share)
     cell = max(1, SIZE // classes)
-    if cell < 3:
-        off = widened(off)
-    colours = np.where(diagonal[..., None], mixed(share, RIGHT), mixed(off, WRONG))
-    if cell < 3:
-        near = widened(np.where(diagonal, share, 0))
-        band = (near > 0) & (off == 0)
-        colours[band] = mixed(near, RIGHT)[band]
-    body = np.repeat(np.repeat(colours, cell, axis=0), cell, axis=1).round().astype(np.uint8)
-    labels = [names[i] if i < len(names) else str(i) for i in range(classes)]
-    named = classes <= NAMED_CLASSES
-    small = font(max(11, min(18, cell * 0.6)))
-    widest = max(math.ceil(small.getlength(label[:24])) for label in labels) if named else 40
+    body = np.repeat(np.repeat(cell_colours(share, cell), cell, axis=0), cell, axis=1)
+    names = [names[i][:24] if i < len(names) else str(i) for i in range(classes)]
+    small = font(max(11, min(18, cell * 0.6)) if classes <= NAMED_CLASSES else 14)
+    widest = math.ceil(max(small.getlength(name) for name in names)) if classes <= NAMED_CLASSES else 40
     left, top = widest + 50, 64
     canvas = Image.new("RGB", (left + len(body) + 24, top + len(body) + widest + 60), WHITE)
     canvas.paste(Image.fromarray(body), (left, top))
     draw = ImageDraw.Draw(canvas)
     draw.rectangle((left - 1, top - 1, left + len(body), top + len(body)), outline=SOFT)
-    title = f"{int(np.trace(counts)):,} of {int(counts.sum()):,} right"
-    draw.text((left, 12), title, INK, font(22))
+    draw.text((left, 12), f"{int(np.trace(counts)):,} of {int(counts.sum()):,} right", INK, font(22))
     draw.text((left, 40), "share of the class's images: blue right, red wrong (square root)", SOFT, font(14))
-    step = 1 if named else nice_step(classes)
-    for i in range(0, classes, step):
-        middle = round((i + 0.5) * cell)
-        label = labels[i][:24] if named else str(i)
-        draw.text((left - 8, top + middle), label, INK, small, anchor="rm")
-        below = top + len(body) + 8
-        if named and widest > cell:
-            upright(canvas, (left + middle, below), label, small)
+    for i in range(0, classes, 1 if classes <= NAMED_CLASSES else nice_step(classes)):
+        middle, below = round((i + 0.5) * cell), top + len(body) + 8
+        draw.text((left - 8, top + middle), names[i], INK, small, anchor="rm")
+        if classes <= NAMED_CLASSES and widest > cell:
+            upright(canvas, (left + middle, below), names[i], small)
         else:
-            draw.text((left + middle, below), label, INK, small, anchor="ma")
+            draw.text((left + middle, below), names[i], INK, small, anchor="ma")
     upright(canvas, (16, top + len(body) // 2), "class", font(16), centred=True)
     draw.text((left + len(body) // 2, canvas.height - 12), "first guess", SOFT, font(16), anchor="mb")
     if classes <= NUMBERED_CLASSES:
@@ -78,6 +64,18 @@ def confusion(counts: np.ndarray, names: Sequence[str] = ()) -> np.ndarray:
                 at = (left + (column + 0.5) * cell, top + (row + 0.5) * cell)
                 draw.text(at, f"{int(count)}", colour, font(min(20, cell * 0.36)), anchor="mm")
     return np.asarray(canvas)
+
+
+def cell_colours(share: np.ndarray, cell: int) -> np.ndarray:
+    """(classes, classes) shares -> uint8 (classes, classes, 3), for cells of so many pixels."""
+    diagonal = np.eye(len(share), dtype=bool)
+    right, wrong = np.where(diagonal, share, 0), np.where(diagonal, 0, share)
+    if cell < 3:
+        right, wrong = widened(right), widened(wrong)
+    faintest = 0.4 if cell < 3 else 0.1
+    wrong = np.where(wrong > 0, faintest + (1 - faintest) * wrong, 0)
+    blue = (right > 0) & (diagonal | (wrong == 0))
+    return np.where(blue[..., None], mixed(right, RIGHT), mixed(wrong, WRONG)).round().astype(np.uint8)
 
 
 def widened(values: np.ndarray) -> np.ndarray:
