@@ -85,8 +85,14 @@ def watch(moments: Moments, checkpoints: Path) -> None:
     around(Classification, "totals", before=lambda: moments.come("evaluation"))
     around(Trainer, "step", after=lambda: moments.come("step"))
     around(Saver, "begin", before=lambda: moments.come("save"), after=lambda: moments.come("saved"))
-    around(os, "fsync", before=lambda: moments.come("fsync"))
-    prefix = str(checkpoints)
+    prefix, fsync = str(checkpoints), os.fsync
+
+    def counted_fsync(file: int) -> None:
+        if os.readlink(f"/proc/self/fd/{file}").startswith(prefix):
+            moments.come("fsync")
+        fsync(file)
+
+    os.fsync = counted_fsync  # type: ignore[assignment]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         kind = KIND_OF_EVENT.get(event)

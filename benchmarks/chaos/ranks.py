@@ -87,8 +87,8 @@ def body(
     interruption = Interruption()
     interruption.install()
     record.write(started=True)
-    watch(Moments(orders, lambda order: record.write(fired=[order.kind, order.number, order.action])),
-          config.run_dir / "checkpoints")  # fmt: skip
+    moments = Moments(orders, lambda order: record.write(fired=[order.kind, order.number, order.action]))
+    watch(moments, config.run_dir / "checkpoints")
     record.listen()
     if sabotage:
         sabotage()
@@ -98,7 +98,7 @@ def body(
         traceback.print_exc()
         record.write(error=f"{type(error).__name__}: {error}")
         sys.exit(1)
-    record.write(status=outcome.status, at=outcome.step)
+    record.write(status=outcome.status, at=outcome.step, counts=moments.counts)
 
 
 class Record:
@@ -125,13 +125,13 @@ class Record:
             return step(trainer, batch, *rest)
 
         def with_scalars(monitor: Monitor, number: int, seconds: float, waited: float, scalars: Any) -> None:
-            exact = {name: value.hex() for name, value in scalars.items() if name.startswith("train/")}
+            exact = {name: float(value).hex() for name, value in scalars.items() if name.startswith("train/")}
             self.write(step=number, ids=ids, **exact)
             reported(monitor, number, seconds, waited, scalars)
 
-        def with_metrics(monitor: Monitor, number: int, metrics: Any) -> None:
-            self.write(evaluation=number, metrics={name: value.hex() for name, value in metrics.items()})
-            evaluated(monitor, number, metrics)
+        def with_metrics(monitor: Monitor, number: int, metrics: Any, *rest: Any) -> None:
+            self.write(evaluation=number, metrics={name: float(value).hex() for name, value in metrics.items()})
+            evaluated(monitor, number, metrics, *rest)
 
         Trainer.step, Monitor.step, Monitor.evaluation = with_ids, with_scalars, with_metrics  # type: ignore
 
