@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -17,6 +17,7 @@ from data_pipeline.loader import Batch
 from data_pipeline.transforms import normalize
 from dgt.tasks import Task
 from dgt.training.parallel import EngineConfig
+from dgt.training.parallel.precision import HALF, allow_tf32
 from dgt.training.world import World
 
 FlipMean = Literal["probabilities", "logits"]
@@ -80,12 +81,13 @@ class Inference:
     config: EngineConfig
 
     def __post_init__(self) -> None:
+        allow_tf32(self.config.precision == "tf32")
         self.network.to(self.world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def arithmetic(self) -> AbstractContextManager[Any]:
         """The precision that the engine is configured to train in, as ddp does it."""
-        enabled = self.config.precision == "bf16"
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
+        half = HALF.get(self.config.precision)
+        return torch.autocast(self.world.device.type, half) if half else nullcontext()
 
 
 class Flipped(nn.Module):

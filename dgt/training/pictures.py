@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dgt.tasks import Inputs
+
 WHITE, INK, SOFT, GRID = (255, 255, 255), (32, 36, 44), (110, 116, 128), (222, 225, 230)
 RIGHT, WRONG, GAP = (30, 110, 190), (205, 70, 45), (240, 190, 175)
 """Colours of right answers, of wrong ones, and of a gap in calibration."""
@@ -147,3 +149,36 @@ def tick_marks(draw: ImageDraw.ImageDraw, left: int, top: int, side: int) -> Cal
         draw.text((left - 10, y), f"{tick:.1f}", INK, font(14), anchor="rm")
         draw.text((x, top + side + 8), f"{tick:.1f}", INK, font(14), anchor="ma")
     return lambda value: top + (1 - value) * side
+
+
+def samples(inputs: Inputs, mean: Sequence[float], std: Sequence[float], names: Sequence[str] = ()) -> np.ndarray:
+    """Draws images as the network sees them, four in a row, above what they count as: uint8 (H, W, 3).
+
+    `inputs`: normalised by `mean` and `std`; of a mixed image both labels and their shares are written.
+    """
+    images = inputs.images.detach().float().cpu().permute(0, 2, 3, 1).numpy()
+    pixels = ((images * np.array(std) + np.array(mean)).clip(0, 1) * 255).round().astype(np.uint8)
+    scale = max(1, math.ceil(160 / pixels.shape[1]))
+    side, columns, margin, line = pixels.shape[1] * scale, min(4, len(pixels)), 8, 40
+    rows = math.ceil(len(pixels) / columns)
+    size = (margin + columns * (side + margin), margin + rows * (side + line))
+    canvas = Image.new("RGB", size, WHITE)
+    draw = ImageDraw.Draw(canvas)
+    for i, image in enumerate(pixels):
+        x, y = margin + (i % columns) * (side + margin), margin + (i // columns) * (side + line)
+        canvas.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        for number, text in enumerate(shares_of(inputs, i, names)):
+            draw.text((x, y + side + 2 + 16 * number), text, INK, font(14))
+    return np.asarray(canvas)
+
+
+def shares_of(inputs: Inputs, i: int, names: Sequence[str]) -> list[str]:
+    """What image `i` counts as, one line per label: its own, and that of the image mixed in."""
+
+    def name(label: int) -> str:
+        return (names[label] if label < len(names) else str(label))[:16]
+
+    own, share = name(int(inputs.labels[i])), 1.0 if inputs.share is None else float(inputs.share[i])
+    if inputs.partner_labels is None or share == 1:
+        return [own]
+    return [f"{own}  {share:.2f}", f"{name(int(inputs.partner_labels[i]))}  {1 - share:.2f}"]
