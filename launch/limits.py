@@ -331,12 +331,12 @@ def memory(config: Config, layout: Layout, network: nn.Module, profile: Profile)
 def signal_lead(profile: Profile, run: Path) -> int:
     """Seconds before the time limit at which the ranks are told to save: the profile's, else from what was measured.
 
-    That is the longest save in the run's metrics.jsonl and a minute.
+    That is twice the longest save in the run's metrics.jsonl, because one may be under way, and a minute.
     """
     if profile.signal_lead is not None:
         return profile.signal_lead
     longest = max(measured_saves(run / "metrics.jsonl"), default=None)
-    return UNMEASURED_LEAD if longest is None else math.ceil(longest) + MARGIN
+    return UNMEASURED_LEAD if longest is None else math.ceil(2 * longest) + MARGIN
 
 
 def measured_saves(metrics: Path) -> Iterator[float]:

@@ -115,8 +115,8 @@ class Profile:
     after: tuple[str, ...] = ()
     """Numbers of jobs that must have ended well before this one starts; from the command line only."""
     signal_lead: int | None = None
-    """Seconds before the time limit at which the ranks are told to save and leave; None: the longest save that was
-    measured, and a minute."""
+    """Seconds before the time limit at which the ranks are told to save and leave; None: twice the longest save that
+    was measured, and a minute."""
     max_retries: int = 3
     """Crashes in a row without a new checkpoint that are followed by another attempt."""
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -57,6 +57,11 @@ class CheckpointConfig:
     """Save after every this many optimizer steps (and at the end, after a better evaluation, at an interruption)."""
     keep_last: int = 3
     """How many of the newest are kept; the best one is kept besides."""
+    keep_every_steps: int = 0
+    """Keep for good those of every this many optimizer steps, too; 0 = none."""
+    asynchronous: bool = True
+    """Train on as soon as the tensors are copied to host memory, which then holds them once more; else wait for the
+    disk."""
     on_error: Literal["continue", "stop"] = "continue"
     """What to do when a save fails, for instance on a full disk: train on with the previous one, or stop."""
 
@@ -64,6 +69,8 @@ class CheckpointConfig:
         for name in ("every_steps", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.keep_every_steps < 0:
+            raise ValueError(f"keep_every_steps: must be 0 (none) or more, got {self.keep_every_steps}")
 
 
 @dataclass(frozen=True)
@@ -214,6 +221,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DamagedError(f"{file}: its checksum is not its own, so its content has changed")
     if version != FORMAT:
         raise CheckpointError(f"{file}: is of checkpoint format {version}, this version reads {FORMAT}")
+    if foreign := [name for name in body["files"] if not re.fullmatch(r"rank-\d{5,}\.safetensors", name)]:
+        raise CheckpointError(f"{file}: names {foreign[0]!r}, a file that no save writes; it is not read")
     return body
 
 
@@ -288,14 +297,20 @@ def discard_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def prune(folder: Path, keep_last: int, best_step: int | None, report: Callable[[str], None]) -> None:
-    """Removes all committed checkpoints but the `keep_last` newest and that of `best_step`. Called on one rank.
+def prune(folder: Path, config: CheckpointConfig, best_step: int | None, report: Callable[[str], None]) -> None:
+    """Removes the committed checkpoints that `config` does not keep and that are not of `best_step`; for one rank.
 
-    A folder loses its committed name first, so that a removal that is cut off leaves nothing that looks whole. One
-    that cannot be removed (somebody has it open on a network file system) is reported and left for the next attempt.
+    Those that lack a file or a part of one count for nothing, and stay. A folder loses its committed name first, so
+    that a removal that is cut off leaves nothing that looks whole. One that cannot be removed (somebody has it open on
+    a network file system) is reported and left for the next attempt.
     """
-    for path in committed(folder)[keep_last:]:
-        if best_step is not None and path.name == f"step_{best_step:08d}":
+    kept = 0
+    for path in committed(folder):
+        step = int(path.name.removeprefix("step_"))
+        if kept < config.keep_last:
+            kept += looks_whole(path)
+            continue
+        if step == best_step or (config.keep_every_steps and step % config.keep_every_steps == 0):
             continue
         doomed = path.with_suffix(".saving")
         try:
@@ -304,3 +319,12 @@ def prune(folder: Path, keep_last: int, best_step: int | None, report: Callable[
             shutil.rmtree(doomed)
         except OSError as error:
             report(f"the old checkpoint {path} could not be removed whole: {error}")
+
+
+def looks_whole(path: Path) -> bool:
+    """Whether the manifest of a committed checkpoint is its own and its files have the right sizes."""
+    try:
+        files = read_manifest(path)["files"]
+        return all((path / name).stat().st_size == entry["size"] for name, entry in files.items())
+    except (CheckpointError, OSError):
+        return False

@@ -11,9 +11,9 @@ from dgt.training.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
-SAVES_BEFORE_DEADLINE = 2.0
-"""Longest saves that must fit before the deadline: the step under way comes first, and a shared file system is slower
-when many jobs end at once."""
+SAVES_BEFORE_DEADLINE = 3.0
+"""Longest saves that must fit before the deadline: the step and the save under way come first, and a shared file system
+is slower when many jobs end at once."""
 SECONDS_BEFORE_DEADLINE = 10.0
 """Seconds besides, in which the processes of all ranks end."""
 SECONDS_BETWEEN_LOOKS = 5.0

@@ -134,7 +134,7 @@ class Monitor:
             for name, value in scalars.items():
                 self.curves.add_scalar(name, value, step)
             self.curves.flush()
-            self.plotted = step
+            self.plotted = max(self.plotted, step)  # a save may be reported some steps later
 
     def draw(self, step: int, drawings: Mapping[str, Callable[[], np.ndarray]]) -> None:
         """One TensorBoard picture per name, uint8 (H, W, 3); a full disk costs pictures, not the run."""
@@ -202,13 +202,13 @@ class Monitor:
             if confusion is not None:
                 self.draw(step, {"val/confusion": lambda: pictures.confusion(confusion)})
 
-    def saved(self, step: int, seconds: float) -> None:
-        """Reports how long the checkpoint of `step` took.
+    def saved(self, step: int, seconds: float, stall: float) -> None:
+        """Reports how long the checkpoint of `step` took, and for how many seconds training stood still.
 
         A save at the step that the run resumed from only replaced the manifest, which says nothing about the next one.
         """
         if self.is_main and step != self.resumed.step:
-            self.write(step, {SAVE_SECONDS: seconds})
+            self.write(step, {SAVE_SECONDS: seconds, "speed/stall_seconds": stall})
 
     def conclude(self, outcome: Outcome) -> None:
         """Adds to the events in TensorBoard how this attempt ended."""

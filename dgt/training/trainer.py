@@ -88,7 +88,7 @@ class Trainer:
         self.training_data, self.validation_data = training_data, validation_data
         self.interruption = interruption
         self.folder = RunFolder(config.run_dir)
-        self.saver = Saver(self.folder.checkpoints, world, interruption.check_current)
+        self.saver = Saver(self.folder.checkpoints, world, interruption.check_current, config.checkpoint)
         self.ema = Ema(engine.weights(), config.ema) if config.ema.enabled else None
         self.progress = Progress()
         self.saved_best: tuple[float | None, int | None] = (None, None)
@@ -116,12 +116,14 @@ class Trainer:
                     leaving = self.leaving()
                     if leaving or self.save_is_due():
                         saved = self.save(must=leaving)
-                        leaving = leaving or (saved and self.leaving())  # a signal that came meanwhile: all is saved
+                        # A signal that came meanwhile: all is saved, or about to be.
+                        leaving = leaving or (saved and self.leaving() and self.conclude_save())
                     if leaving:
                         break
             self.monitor.conclude(self.outcome())
             return self.outcome()
         finally:
+            self.saver.close()
             self.monitor.close()
 
     def step(self, batch: Batch, waited: float) -> bool:
@@ -159,6 +161,8 @@ class Trainer:
             scalars |= self.data_scalars(batch)
         self.samples.step(progress.step, batch.ids.tolist())
         self.monitor.step(progress.step, time.perf_counter() - started + waited, waited, scalars)
+        if self.monitor.reports(progress.step) and self.saver.is_done():
+            self.conclude_save()
         return True
 
     def data_scalars(self, batch: Batch) -> dict[str, float]:
@@ -252,15 +256,16 @@ class Trainer:
     def save(self, must: bool) -> bool:
         """Starts a checkpoint, and waits for its commit where it `must` succeed because the run ends here.
 
-        False where one has failed and the run goes on.
+        False where one is known to have failed and the run goes on.
         """
         concluded = self.conclude_save()
         facts = {"progress": asdict(self.progress), "config": run_folder.plain(self.config)}
         self.saver.begin(self.progress.step, self.pieces(), facts)
-        return self.conclude_save(must) and concluded
+        wait = must or not self.config.checkpoint.asynchronous
+        return (not wait or self.conclude_save(must)) and concluded
 
     def conclude_save(self, must: bool = False) -> bool:
-        """Waits for a save under way, reports it, and lets go of old checkpoints; False where it has failed.
+        """Waits for a save under way and reports it; False where it has failed.
 
         A failed save raises SaveError where it `must` succeed or where the configuration says so. A best result whose
         checkpoint failed does not count as the best.
@@ -268,19 +273,20 @@ class Trainer:
         saved, progress = self.saver.finish(), self.progress
         if saved is None:
             return True
+        best = (saved.facts["progress"]["best_metric"], saved.facts["progress"]["best_step"])
         if saved.error and (must or self.config.checkpoint.on_error == "stop"):
             raise checkpoint.SaveError(saved.error)
         if saved.error:
             log.error("%s; training goes on, the previous checkpoint stays", saved.error)
-            progress.best_metric, progress.best_step = self.saved_best
+            if best == (progress.best_metric, progress.best_step):
+                progress.best_metric, progress.best_step = self.saved_best
             return False
+        self.saved_best = best
         self.interruption.note_save(saved.seconds)
-        self.monitor.saved(saved.step, saved.seconds)
-        self.saved_best = (progress.best_metric, progress.best_step)
+        self.monitor.saved(saved.step, saved.seconds, saved.stall)
         if self.world.is_main:
-            log.info("checkpoint of step %d saved in %.1f s", saved.step, saved.seconds)
-            keep = self.config.checkpoint.keep_last
-            checkpoint.prune(self.folder.checkpoints, keep, progress.best_step, log.warning)
+            text = "checkpoint of step %d saved in %.1f s; training stood still for %.1f s of it"
+            log.info(text, saved.step, saved.seconds, saved.stall)
         return True
 
     def newest(self) -> checkpoint.Checkpoint | None:

@@ -33,7 +33,7 @@ data: {backend: synthetic, num_classes: 4, image_size: 32, num_threads: 0}
 steps: {epochs: 3, global_batch_size: 8, micro_batch_size: 4, evaluate_every_epochs: 1}
 schedule: {warmup_epochs: 1}
 engine: {name: fsdp, precision: fp32, threads: 1}
-checkpoint: {every_steps: 5, keep_last: 2}
+checkpoint: {every_steps: 5, keep_last: 2, asynchronous: false}  # so that all of rank 0 can be held in a save
 monitor: {log_every: 1, log_samples: true}
 """
 TRAIN_SAMPLES, STEPS, STEPS_PER_EPOCH = 32, 12, 4

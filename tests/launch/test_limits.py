@@ -262,7 +262,7 @@ def test_time_limit_must_leave_time_to_train() -> None:
         limits.time_allows_lead(Profile(time="10:00"), 540)
 
 
-def test_lead_is_the_profiles_else_the_longest_save_and_a_minute(tmp_path: Path) -> None:
+def test_lead_is_the_profiles_else_twice_the_longest_save_and_a_minute(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     assert limits.signal_lead(Profile(), tmp_path) == 120, "nothing was measured"
     metrics.write_text('{"step": 1, "train/loss": 2.0}\n')
@@ -271,7 +271,7 @@ def test_lead_is_the_profiles_else_the_longest_save_and_a_minute(tmp_path: Path)
     damaged = ['{"st{"speed/save_seconds": 500}', '["speed/save_seconds"]', '{"speed/save_seconds": "900"}']
     damaged += ['{"speed/save_seconds": NaN}', '{"speed/save_seconds": 700']
     metrics.write_bytes("\n".join([*rows, *damaged]).encode() + b"\xff")
-    assert limits.signal_lead(Profile(), tmp_path) == 91, "30.2 s, rounded up, and 60 s"
+    assert limits.signal_lead(Profile(), tmp_path) == 121, "twice 30.2 s, rounded up, and 60 s"
     assert limits.signal_lead(Profile(signal_lead=7), tmp_path) == 7
 
 

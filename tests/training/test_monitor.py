@@ -243,7 +243,7 @@ def test_seconds_of_a_save_have_a_row_and_a_curve_and_are_known_after_a_resume(t
     monitor = Monitor(MonitorConfig(log_every=2), folder, SIZE, Resumed(), is_main=True)
     for step, seconds in ((1, 2.5), (2, 3.5), (3, 9.0)):
         monitor.step(step, 0.5, 0.1, {"train/loss": float(step), "train/lr": 0.1})
-        monitor.saved(step, seconds)
+        monitor.saved(step, seconds, 0.1)
     monitor.close()
     assert [(row["step"], row.get("train/loss"), row.get("speed/save_seconds")) for row in rows_of(folder)] == [
         (1, None, 2.5), (2, 2.0, None), (2, None, 3.5), (3, None, 9.0)
@@ -252,7 +252,7 @@ def test_seconds_of_a_save_have_a_row_and_a_curve_and_are_known_after_a_resume(t
     monitor = Monitor(MonitorConfig(log_every=2), folder, SIZE, Resumed(2, True), is_main=True)
     assert monitor.longest_save == 3.5
     monitor.evaluation(2, {"top1": 50.0})
-    monitor.saved(2, 0.1)  # replaces a manifest only
+    monitor.saved(2, 0.1, 0.1)  # replaces a manifest only
     monitor.close()
     assert [row.get("speed/save_seconds") for row in rows_of(folder)] == [2.5, None, 3.5, None]
     events = curves(folder)
@@ -270,9 +270,9 @@ def test_a_report_lost_to_a_full_disk_does_not_take_others_of_its_step_with_it(t
     monitor.evaluation(1, {"top1": 50.0})
     folder.metrics.unlink()
     (tmp_path / "before").rename(folder.metrics)
-    monitor.saved(1, 2.0)
+    monitor.saved(1, 2.0, 0.1)
     monitor.close()
-    assert [sorted(row) for row in rows_of(folder)][1:] == [["speed/save_seconds", "step"]]
+    assert [sorted(row) for row in rows_of(folder)][1:] == [["speed/save_seconds", "speed/stall_seconds", "step"]]
     events = curves(folder)
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0)]
     assert [(e.step, e.value) for e in events.Scalars("speed/save_seconds")] == [(1, 2.0)]

@@ -297,7 +297,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(
     train(config)
     folder = config.run_dir / "checkpoints"
     rows = history(config)
-    damaged = folder / "step_00000002" / "__0_0.distcp"
+    damaged = folder / "step_00000002" / "rank-00000.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-100] ^= 1
     damaged.write_bytes(content)
