@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def distributions(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -22,3 +26,9 @@ def distributions(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
             values = own.detach().float().cpu().flatten()
             if len(finite := values[torch.isfinite(values)]):
                 yield f"{kind}/{name}", finite
+
+
+def add(curves: SummaryWriter, network: nn.Module, step: int) -> None:
+    """Writes one TensorBoard histogram per parameter and per gradient."""
+    for name, values in distributions(network):
+        curves.add_histogram(name, values, step)

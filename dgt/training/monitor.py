@@ -14,13 +14,16 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from dgt.training import events, pictures
+from dgt.training import events, histograms, hyperparameters, pictures, profiling
 from dgt.training.checkpoint import write_durably
+from dgt.training.flops import peak_flops
+from dgt.training.profiling import Profiler
 from dgt.training.run_folder import RunFolder
 from dgt.training.state import Outcome
 
@@ -28,15 +31,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger("dgt")
-
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-}
-"""Dense bfloat16 operations per second by a part of the device's name, from NVIDIA's data sheets (SXM forms)."""
-
 
 SAVE_SECONDS = "speed/save_seconds"
 """Name of the seconds that a checkpoint took, from the first tensor to its commit."""
@@ -53,10 +47,22 @@ class MonitorConfig:
     log_samples: bool = False
     """Write the sample ids of every step to samples/rank-N.jsonl, to prove that each sample was used exactly once an
     epoch."""
+    images_every: int = 0
+    """Show up to 16 training images in TensorBoard, as the network sees them, of every this manieth step; 0 = never."""
+    histograms_every: int = 0
+    """Show in TensorBoard how rank 0's weights and clipped gradients are distributed, in every this manieth step; takes
+    time and space. 0 = never."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last step of which rank 0 writes a trace to profiles/, at most 10, such as [10, 12]; empty = none. A
+    file RUN/profile with a number of steps in it asks for one while the run goes on."""
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise ValueError(f"log_every: must be at least 1, got {self.log_every}")
+        for name in ("images_every", "histograms_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
+        profiling.check_range(self.profile_steps)
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,10 @@ class Size:
     macs_per_image: Callable[[int], int | None]
     """Epoch, from 0 -> multiply-accumulates of one forward pass of one of its images (whose size may change with the
     epoch); None where the network does not say."""
+    precision: str = "fp32"
+    """What the arithmetic is done in, as in `engine.precision`."""
+    clip_grad_norm: float = 0.0
+    """Gradients with a larger norm are clipped; 0 = none is."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,8 @@ class Monitor:
         self.size = size
         self.is_main = is_main
         self.seconds = self.waited = 0.0
-        self.steps = self.macs = 0
+        self.steps = self.macs = self.clipped = 0
+        self.largest_norm = 0.0
         self.folder = folder
         self.resumed = resumed
         self.longest_save = 0.0
@@ -99,6 +110,7 @@ class Monitor:
         self.plotted = resumed.step - resumed.evaluation_is_due
         """The last step whose points are in TensorBoard and stay there."""
         self.has_failed = False
+        self.profiler = Profiler(config.profile_steps, folder.path, is_main)
         if is_main:
             self.continue_from(resumed)
 
@@ -136,16 +148,28 @@ class Monitor:
             self.curves.flush()
             self.plotted = max(self.plotted, step)  # a save may be reported some steps later
 
-    def draw(self, step: int, drawings: Mapping[str, Callable[[], np.ndarray]]) -> None:
-        """One TensorBoard picture per name, uint8 (H, W, 3); a full disk costs pictures, not the run."""
+    def show(self, step: int, what: str, write: Callable[[SummaryWriter], None]) -> None:
+        """Lets `write` add more than curves to TensorBoard; a full disk costs `what` that is, not the run."""
         if self.curves is None:
             return
         try:
-            for name, drawn in drawings.items():
-                self.curves.add_image(name, drawn(), step, dataformats="HWC")
+            write(self.curves)
             self.curves.flush()
         except OSError as error:
-            self.failed(f"the pictures of step {step} could not be written", error)
+            self.failed(f"{what} of step {step} could not be written", error)
+
+    def picture(self, step: int, name: str, drawn: np.ndarray) -> None:
+        """Shows a picture, uint8 (H, W, 3)."""
+        self.show(step, f"the picture {name}", lambda curves: curves.add_image(name, drawn, step, dataformats="HWC"))
+
+    def shows_images(self, step: int) -> bool:
+        """Whether this rank shows training images of this step."""
+        return self.curves is not None and is_multiple(step, self.config.images_every)
+
+    def distributions(self, step: int, network: nn.Module) -> None:
+        """Shows, where it is time to, the weights before this step and their gradients."""
+        if self.curves is not None and is_multiple(step, self.config.histograms_every):
+            self.show(step, "the histograms", lambda curves: histograms.add(curves, network, step))
 
     def tell_events(self, step: int, ending: str = "") -> None:
         """Puts the launcher's events into TensorBoard as a table, with the attempt's `ending` below where it has one.
@@ -171,12 +195,24 @@ class Monitor:
         """Whether this step is reported; the same on every rank."""
         return step % self.config.log_every == 0 or step == self.size.total_steps
 
+    def begin(self, step: int) -> None:
+        """A step begins; what comes between here and its report is in its trace."""
+        self.profiler.before(step)
+
+    def end_trace(self, step: int) -> None:
+        """Something else than steps comes now, of any length, which no trace shall hold."""
+        self.profiler.end(step)
+
     def step(self, step: int, seconds: float, waited: float, scalars: Mapping[str, float]) -> None:
         """Notes one optimizer step (`seconds` long, `waited` of them for data) and reports when it is time to."""
+        self.profiler.after(step)
         self.seconds += seconds
         self.waited += waited
         self.steps += 1
         self.macs += self.size.global_batch_size * (self.size.macs_per_image(self.epoch(step)) or 0)
+        norm = scalars.get("train/grad_norm", 0.0)
+        self.largest_norm = max(self.largest_norm, norm)
+        self.clipped += 0 < self.size.clip_grad_norm < norm
         if not self.is_main or not self.reports(step):
             return
         rate = self.steps * self.size.global_batch_size / self.seconds
@@ -186,12 +222,11 @@ class Monitor:
             "speed/data_wait": self.waited / self.seconds,
             "speed/memory_gb": memory_gb(),
         }
-        if (mfu := self.mfu()) is not None:
-            rates["speed/mfu"] = mfu
+        norms = {"train/grad_norm_max": self.largest_norm, "train/clipped_share": self.clipped / self.steps}
         log.info(self.line(step, scalars, rates))
-        self.write(step, {**scalars, **rates})
-        self.seconds = self.waited = 0.0
-        self.steps = self.macs = 0
+        self.write(step, {**scalars, **norms, **rates, **self.arithmetic_rates()})
+        self.seconds = self.waited = self.largest_norm = 0.0
+        self.steps = self.macs = self.clipped = 0
 
     def evaluation(self, step: int, metrics: Mapping[str, float], confusion: np.ndarray | None = None) -> None:
         """Reports the metrics of one evaluation, and as a picture `confusion`: (classes, classes) samples."""
@@ -199,8 +234,8 @@ class Monitor:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             log.info("evaluation after step %d:  %s", step, shown)
             self.write(step, {f"val/{name}": value for name, value in metrics.items()})
-            if confusion is not None:
-                self.draw(step, {"val/confusion": lambda: pictures.confusion(confusion)})
+            if confusion is not None and self.curves is not None:
+                self.picture(step, "val/confusion", pictures.confusion(confusion))
 
     def saved(self, step: int, seconds: float, stall: float) -> None:
         """Reports how long the checkpoint of `step` took, and for how many seconds training stood still.
@@ -210,13 +245,16 @@ class Monitor:
         if self.is_main and step != self.resumed.step:
             self.write(step, {SAVE_SECONDS: seconds, "speed/stall_seconds": stall})
 
-    def conclude(self, outcome: Outcome) -> None:
-        """Adds to the events in TensorBoard how this attempt ended."""
+    def conclude(self, outcome: Outcome, settings: Mapping[str, Any] | None = None) -> None:
+        """Adds to the events in TensorBoard how this attempt ended, and to a run's end what it was: its `settings`."""
         stopped = f"was stopped by {signal.Signals(outcome.signal).name}" if outcome.signal else "finished the training"
         try:
             self.tell_events(outcome.step, f"This attempt {stopped} after step {outcome.step}.")
         except OSError as error:
             self.failed("the end of this attempt could not be written", error)
+        if outcome.status == "finished" and settings is not None:
+            names = [f"val/{name}" for name in outcome.metrics or {}]
+            self.show(outcome.step, "the settings", lambda curves: hyperparameters.add(curves, settings, names))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and one point per TensorBoard curve; a full disk costs points, not the run."""
@@ -234,7 +272,8 @@ class Monitor:
             self.failed(f"the metrics of step {step} could not be written", error)
 
     def close(self) -> None:
-        """Finishes the TensorBoard file."""
+        """Finishes the TensorBoard file, and a trace."""
+        self.profiler.end(self.profiler.until)
         if self.curves is not None:
             with suppress(OSError):
                 self.curves.close()
@@ -243,13 +282,17 @@ class Monitor:
         """The epoch of a step, from 0."""
         return (step - 1) // self.size.steps_per_epoch
 
-    def mfu(self) -> float | None:
-        """Model FLOP utilisation: 2 operations per multiply-accumulate, backward twice forward; None if unknown."""
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-        if peak is None or not self.macs:
-            return None
-        return 6 * self.macs / (self.seconds * peak * self.size.world_size)
+    def arithmetic_rates(self) -> dict[str, float]:
+        """What each device computes for the model: 10^12 operations per second, and as a share of its peak.
+
+        2 operations per multiply-accumulate, backward twice forward; what is computed again does not count. Nothing
+        where the network does not say, and no share (MFU) for a device whose peak is not known.
+        """
+        if not self.macs:
+            return {}
+        rate = 6 * self.macs / (self.seconds * self.size.world_size)
+        peak = peak_flops(torch.cuda.get_device_name() if torch.cuda.is_available() else "", self.size.precision)
+        return {"speed/model_tflops": rate / 1e12} | ({"speed/mfu": rate / peak} if peak else {})
 
     def line(self, step: int, scalars: Mapping[str, float], rates: Mapping[str, float]) -> str:
         """The console line: where we are, how it goes, how fast, how long still."""
@@ -264,6 +307,11 @@ class Monitor:
             f"{rates['speed/images_per_s']:.0f} images/s  data wait {100 * rates['speed/data_wait']:.0f} %  "
             f"ETA {clock(left)}"
         )
+
+
+def is_multiple(step: int, every: int) -> bool:
+    """Whether something that comes after `every` so many steps is due; 0 = never."""
+    return every > 0 and step % every == 0
 
 
 def clock(seconds: float) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, supported_activities
@@ -102,7 +103,8 @@ class Profiler:
                 old.unlink()
             log.info("trace of steps %d to %d: %s", self.begun, step, self.folder / name)
         except (OSError, RuntimeError) as error:
-            unfinished.unlink(missing_ok=True)
+            with suppress(OSError):
+                unfinished.unlink()
             log.error(
                 "the trace of steps %d to %d could not be written to %s: %s", self.begun, step, self.folder, error
             )

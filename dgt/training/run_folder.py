@@ -6,6 +6,7 @@ OUTPUT_DIR/NAME/
     events.jsonl     why every attempt started and stopped; written by the launcher, see dgt/training/events.py
     quarantine.jsonl one line per damaged sample that was met (data_pipeline/quarantine.py); absent while there is none
     tensorboard/     the same as curves
+    profile          asks for a trace (dgt/training/profiling.py); profiles/ holds those that were taken
     samples/         the sample ids of every step (dgt/training/sample_log.py); only with monitor.log_samples
     checkpoints/     see dgt/training/checkpoint.py
     logs/            one file per rank, appended by every attempt

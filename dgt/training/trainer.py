@@ -14,7 +14,7 @@ import torch
 
 from data_pipeline.loader import Batch, Loader, build_loader
 from dgt.tasks import Task, build_task
-from dgt.training import checkpoint, guard, run_folder
+from dgt.training import checkpoint, guard, pictures, run_folder
 from dgt.training.ema import Ema
 from dgt.training.evaluate import evaluate
 from dgt.training.inputs import StepInputs, timed
@@ -120,7 +120,7 @@ class Trainer:
                         leaving = leaving or (saved and self.leaving() and self.conclude_save())
                     if leaving:
                         break
-            self.monitor.conclude(self.outcome())
+            self.monitor.conclude(self.outcome(), run_folder.plain(self.config))
             return self.outcome()
         finally:
             self.saver.close()
@@ -132,6 +132,7 @@ class Trainer:
         Returns whether it was taken. A bad one changes neither weights nor schedule; its batch is used up.
         """
         started, steps, progress = time.perf_counter(), self.config.steps, self.progress
+        self.monitor.begin(progress.step + 1)
         if self.world.is_main and self.monitor.reports(progress.step + 1):
             self.interruption.check_current()  # what is written to the run must be its own attempt's
         lr = learning_rate(
@@ -142,11 +143,18 @@ class Trainer:
             config=self.config.schedule,
         )
         prepare = StepInputs(self.config, progress.step, self.world.device)
+
+        def accept(loss: float, norm: float) -> bool:
+            if guard.fault(loss, norm, progress, self.config.guard):
+                return False
+            self.monitor.distributions(progress.step + 1, self.engine.network)
+            return True
+
         result = self.engine.train_step(
             [slice(i, i + steps.micro_batch_size) for i in range(0, len(batch.labels), steps.micro_batch_size)],
             lambda model, part: self.task.loss(model, prepare(batch, part)) / steps.global_batch_size,
             lr,
-            lambda loss, norm: not guard.fault(loss, norm, progress, self.config.guard),
+            accept,
         )
         progress.data = self.training_data.state_dict()
         if not result.taken:
@@ -159,6 +167,10 @@ class Trainer:
         scalars = {"train/loss": result.loss, "train/lr": lr, "train/grad_norm": result.grad_norm}
         if self.monitor.reports(progress.step):
             scalars |= self.data_scalars(batch)
+        if self.monitor.shows_images(progress.step):
+            data, names = self.config.data, self.training_data.source.class_names
+            drawn = pictures.samples(prepare(batch, slice(0, 16)), data.mean, data.std, names)
+            self.monitor.picture(progress.step, "train/images", drawn)
         self.samples.step(progress.step, batch.ids.tolist())
         self.monitor.step(progress.step, time.perf_counter() - started + waited, waited, scalars)
         if self.monitor.reports(progress.step) and self.saver.is_done():
@@ -229,6 +241,7 @@ class Trainer:
         """Evaluates where it is time to; False where it was not, or where a signal cut it off: it runs on resume."""
         if not self.evaluation_is_due():
             return False
+        self.monitor.end_trace(self.progress.step)
         with self.engine.averaged_weights(self.ema):
             totals = evaluate(
                 self.engine, self.task, self.validation_data, self.config.data, lambda: bool(self.asked_to_stop())
@@ -319,7 +332,11 @@ class Trainer:
         def macs(epoch: int) -> int | None:
             return self.task.macs(self.engine.network, self.config.data.train_image_size(epoch))
 
-        size = Size(self.last_step, self.steps_per_epoch, self.config.steps.global_batch_size, self.world.size, macs)
+        config = self.config
+        size = Size(
+            self.last_step, self.steps_per_epoch, config.steps.global_batch_size, self.world.size, macs,
+            config.engine.precision, config.optimizer.clip_grad_norm,
+        )  # fmt: skip
         resumed = Resumed(self.progress.step, self.evaluation_is_due())
         self.monitor = Monitor(self.config.monitor, self.folder, size, resumed, self.world.is_main)
         self.interruption.note_save(self.monitor.longest_save)
