@@ -70,7 +70,7 @@ OWNED = {
         "round_robin_gradients": None,
         "parameter_alignment": None,
         "zenflow": None,
-        "load_from_fp32_weights": None,
+        "memory_efficient_linear": None,
     },
 }  # fmt: skip
 """Keys of DeepSpeed's configuration that ours decides, or that would change where the state lies."""

@@ -247,6 +247,9 @@ def settings_of(config: DeepSpeedConfig, clip: float, elements: int) -> dict[str
         # As large as the network: it does not pay to cut the traffic of one that is small beside its activations.
         "reduce_bucket_size": elements,
         "allgather_bucket_size": elements + elements % 2,
+        # It adds a linear layer's bias in place to the product, which selective checkpointing has saved by then: the
+        # recomputation would add it a second time.
+        "memory_efficient_linear": False,
     }
     if config.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
