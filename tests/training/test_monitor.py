@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from tensorboard.backend.event_processing import plugin_event_accumulator
+import torch
+from PIL import Image
+from small import small_config
+from tensorboard.backend.event_processing import event_file_loader, plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto import event_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer import event_file_writer
 
+from dgt.training import pictures
+from dgt.training.checkpoint import newest, tensors_in
 from dgt.training.monitor import Monitor, MonitorConfig, Resumed, Size, clock
 from dgt.training.run_folder import RunFolder
 from dgt.training.state import Outcome
+from dgt.training.steps import StepsConfig
+from dgt.training.trainer import train
 
 SIZE = Size(total_steps=12, steps_per_epoch=6, global_batch_size=8, world_size=1, macs_per_image=lambda epoch: None)
 
@@ -60,20 +72,138 @@ def test_rates_count_images_and_waiting_over_the_logged_steps(tmp_path: Path) ->
     assert not RunFolder(tmp_path).tensorboard.exists()
 
 
-def test_utilisation_counts_each_image_at_the_size_of_its_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("device", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989),
+        ("NVIDIA H100 80GB HBM3", "tf32", 494.5),
+        ("NVIDIA H100 80GB HBM3", "fp32", 67),
+        ("NVIDIA H100 PCIe", "fp16", 756),
+        ("NVIDIA A100-SXM4-40GB", "tf32", 156),
+        ("Radeon", "bf16", None),
+    ],
+)
+def test_utilisation_counts_each_image_at_the_size_of_its_epoch_against_the_peak_of_the_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, precision: str, peak: float | None
 ) -> None:
-    for name, value in (("is_available", True), ("get_device_name", "NVIDIA H100 80GB"), ("max_memory_allocated", 0)):
+    for name, value in (("is_available", True), ("get_device_name", device), ("max_memory_allocated", 0)):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
-    size = replace(SIZE, world_size=2, macs_per_image=lambda epoch: (10**12, 4 * 10**12)[epoch])
+    per_image = (10**12, 4 * 10**12)
+    size = replace(SIZE, world_size=2, precision=precision, macs_per_image=lambda epoch: per_image[epoch])
     config = MonitorConfig(log_every=4, tensorboard=False)
     monitor = Monitor(config, RunFolder(tmp_path), size, Resumed(), is_main=True)
     for step in range(1, 9):  # steps 7 and 8 belong to the second epoch
         monitor.step(step, 0.5, 0.1, {"train/loss": 1.0, "train/lr": 0.1})
     monitor.close()
-    rows = [json.loads(line) for line in RunFolder(tmp_path).metrics.read_text().splitlines()]
-    rates = [6 * 8 * macs / (2.0 * 989 * 2) for macs in (4, 2 + 2 * 4)]
-    assert [row["speed/mfu"] for row in rows] == pytest.approx(rates)
+    rows = rows_of(RunFolder(tmp_path))
+    rates = [6 * 8 * macs / (2.0 * 2) for macs in (4, 2 + 2 * 4)]
+    assert [row["speed/model_tflops"] for row in rows] == pytest.approx(rates)
+    assert [row.get("speed/mfu") for row in rows] == [peak and pytest.approx(rate / peak) for rate in rates]
+
+
+def test_gradient_norms_are_summed_up_between_reports(tmp_path: Path) -> None:
+    size = replace(SIZE, clip_grad_norm=1.0)
+    monitor = Monitor(MonitorConfig(log_every=4, tensorboard=False), RunFolder(tmp_path), size, Resumed(), True)
+    for step, norm in enumerate((0.5, 3.0, 1.0, 1.5, 0.25, 0.75, 0.5, 0.5), start=1):
+        monitor.step(step, 0.5, 0.1, {"train/loss": 1.0, "train/lr": 0.1, "train/grad_norm": norm})
+    monitor.close()
+    rows = [
+        (r["train/grad_norm"], r["train/grad_norm_max"], r["train/clipped_share"]) for r in rows_of(RunFolder(tmp_path))
+    ]
+    assert rows == [(1.5, 3.0, 0.5), (0.5, 0.75, 0.0)]
+
+
+def test_a_finished_run_is_in_the_table_of_runs_once_with_its_settings_and_metrics(tmp_path: Path) -> None:
+    folder, settings = RunFolder(tmp_path), {"name": "x", "steps": {"epochs": 2}, "data": {"mean": [0.5], "size": None}}
+    outcomes = (Outcome("interrupted", 1, signal.SIGTERM), Outcome("finished", 2, metrics={"top1": 60.0, "loss": 1.0}))
+    for resumed, outcome in enumerate(outcomes):
+        monitor = Monitor(MonitorConfig(log_every=1), folder, SIZE, Resumed(resumed), is_main=True)
+        monitor.conclude(outcome, settings)
+        monitor.close()
+    content = [
+        plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for file in sorted(folder.tensorboard.iterdir())
+        for event in event_file_loader.RawEventFileLoader(str(file)).Load()
+        for value in event_pb2.Event.FromString(event).summary.value
+        if value.metadata.plugin_data.plugin_name == "hparams"
+    ]
+    (experiment,) = [c.experiment for c in content if c.HasField("experiment")]
+    (start,) = [c.session_start_info for c in content if c.HasField("session_start_info")]
+    assert [m.name.tag for m in experiment.metric_infos] == ["val/top1", "val/loss"]
+    assert {key: value.WhichOneof("kind") for key, value in start.hparams.items()} == {
+        "name": "string_value", "steps.epochs": "number_value", "data.mean": "string_value", "data.size": "string_value"
+    }  # fmt: skip
+    assert (start.hparams["steps.epochs"].number_value, start.hparams["data.mean"].string_value) == (2, "[0.5]")
+
+
+def test_weights_and_gradients_have_histograms_when_it_is_time_without_what_is_not_finite(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    network = torch.nn.Linear(2, 2)
+    network.weight.grad = torch.tensor([[1.0, float("nan")], [float("inf"), 3.0]])
+    monitor = Monitor(MonitorConfig(histograms_every=2), folder, SIZE, Resumed(), is_main=True)
+    for step in (1, 2, 3):
+        monitor.distributions(step, network)
+    monitor.close()
+    events = curves(folder)
+    assert sorted(events.Tags()["histograms"]) == ["gradients/weight", "weights/bias", "weights/weight"]
+    (event,) = events.Histograms("gradients/weight")
+    found = event.histogram_value
+    assert (event.step, found.num, found.sum, found.min, found.max) == (2, 2, 4.0, 1.0, 3.0)
+    (event,) = events.Histograms("weights/weight")
+    assert event.histogram_value.sum == pytest.approx(float(network.weight.detach().double().sum()), abs=1e-6)
+
+
+def test_the_confusion_of_an_evaluation_is_a_picture(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    monitor = Monitor(MonitorConfig(log_every=1), folder, SIZE, Resumed(), is_main=True)
+    confusion = np.array([[3, 1], [0, 2]])
+    monitor.evaluation(2, {"top1": 100 * 5 / 6}, confusion)
+    monitor.close()
+    (image,) = curves(folder).Images("val/confusion")
+    drawn = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+    np.testing.assert_array_equal(drawn, pictures.confusion(confusion))
+
+
+def test_watching_a_run_closely_changes_none_of_its_bits(tmp_path: Path) -> None:
+    found = []
+    for name, watching in (
+        ("plain", MonitorConfig(log_every=1, tensorboard=False)),
+        ("watched", MonitorConfig(log_every=1, images_every=1, histograms_every=1, profile_steps=(2, 3))),
+    ):
+        steps = StepsConfig(epochs=2, global_batch_size=8, micro_batch_size=4, max_steps=4)
+        config = small_config(tmp_path, name=name, monitor=watching, steps=steps)
+        train(config)
+        checkpoint = newest(config.run_dir / "checkpoints", print)
+        assert checkpoint is not None
+        stored = tensors_in(checkpoint)
+        scalars = [
+            {k: v for k, v in row.items() if k.startswith(("train/", "val/"))}
+            for row in rows_of(RunFolder(config.run_dir))
+        ]
+        found.append((scalars, {tensor: stored.whole(tensor).numpy().tobytes() for tensor in stored.tensors}))
+    assert found[0] == found[1]
+    folder = RunFolder(tmp_path / "watched")
+    assert [path.name for path in (folder.path / "profiles").iterdir()] == ["steps-00000002-00000003.pt.trace.json.gz"]
+    events = curves(folder)
+    assert [e.step for e in events.Images("train/images")] == [1, 2, 3, 4]
+    assert [e.step for e in events.Images("val/confusion")] == [4]
+    tags = events.Tags()["histograms"]
+    assert {"weights/head.fc.weight", "gradients/head.fc.weight"} <= set(tags)
+    assert len([t for t in tags if t.startswith("gradients/")]) == len([t for t in tags if t.startswith("weights/")])
+
+
+def test_a_full_disk_costs_pictures_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    monitor = Monitor(MonitorConfig(log_every=1), RunFolder(tmp_path), SIZE, Resumed(), is_main=True)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monitor.curves.add_image = fail  # type: ignore[union-attr, method-assign]
+    monitor.picture(1, "train/images", np.zeros((4, 4, 3), np.uint8))
+    assert "the picture train/images of step 1 could not be written in" in caplog.text
+    monitor.step(2, 0.5, 0.1, {"train/loss": 1.0, "train/lr": 0.1})
+    monitor.close()
+    assert [e.step for e in curves(RunFolder(tmp_path)).Scalars("train/loss")] == [2]
 
 
 def test_console_line_says_where_how_and_how_long(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
