@@ -64,8 +64,8 @@ def piece_of(tensor: Tensor, rank: int, world_size: int) -> Piece:
     if not isinstance(tensor, DTensor):
         return Piece(tensor.detach(), tuple(tensor.shape), 0, rank, world_size)
     mesh, placements = tensor.device_mesh, tensor.placements
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    if any(offset[1:]):
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    if tuple(shape[1:]) != tuple(tensor.shape[1:]):
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is not cut along its first dimension: {placements}")
     replica, replicas = 0, 1
     for dimension, placement in enumerate(placements):

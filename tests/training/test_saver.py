@@ -1,0 +1,361 @@
+"""Saving beside the training: nothing waits for the disk, all ranks hear the same, and no kill leaves half a save."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from dgt.training import checkpoint, files, tensor_files
+from dgt.training.checkpoint import CheckpointConfig
+from dgt.training.pieces import Piece, Pieces
+from dgt.training.saver import Saver
+from dgt.training.world import World, joined
+
+ALONE = World(0, 1, torch.device("cpu"), None)  # type: ignore[arg-type]
+
+
+def weights(value: float, rank: int = 0, world_size: int = 1) -> Pieces:
+    return {
+        "model.w": Piece(torch.full((5, 3), value), (5, 3), 0, rank, world_size),
+        "optimizer.groups.0.step": Piece(torch.tensor(value, dtype=torch.float64), (), 0, rank, world_size),
+    }
+
+
+def facts(best_step: int | None = None) -> dict[str, Any]:
+    return {"progress": {"best_step": best_step, "data": {"consumed": 1}}}
+
+
+def saver(folder: Path, world: World = ALONE, permit: Callable[[], None] = lambda: None, **settings: Any) -> Saver:
+    return Saver(folder, world, permit, CheckpointConfig(**settings))
+
+
+def saved(one: Saver, step: int, **about: Any) -> str | None:
+    one.begin(step, weights(float(step), one.world.rank, one.world.size), facts(**about))
+    ended = one.finish()
+    assert ended is not None
+    return ended.error
+
+
+def steps(folder: Path) -> list[int]:
+    """Of the committed checkpoints, newest first, each of which must verify and hold what was saved."""
+    found = [checkpoint.verify(path) for path in checkpoint.committed(folder)]
+    for one in found:
+        assert (checkpoint.tensors_in(one).whole("model.w") == one.step).all()
+    return [one.step for one in found]
+
+
+@contextmanager
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Writing waits for the event."""
+    go, write = threading.Event(), tensor_files.write
+
+    def waiting(*args: Any) -> Any:
+        assert go.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(tensor_files, "write", waiting)
+    yield go
+    go.set()
+
+
+def test_training_goes_on_while_the_disk_is_written_and_changes_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with held(monkeypatch) as go:
+        one, pieces, about = saver(tmp_path), weights(4.0), facts()
+        one.begin(4, pieces, about)
+        assert not one.is_done()
+        pieces["model.w"].local.fill_(-1)
+        about["progress"]["data"]["consumed"] = 2
+        assert checkpoint.committed(tmp_path) == []
+        go.set()
+        ended = one.finish()
+    assert ended is not None
+    assert (ended.step, ended.error) == (4, None)
+    assert 0 < ended.stall <= ended.seconds
+    assert one.finish() is None, "a save is reported once"
+    assert steps(tmp_path) == [4]
+    assert checkpoint.verify(tmp_path / "step_00000004").manifest["progress"]["data"] == {"consumed": 1}
+
+
+def test_the_buffers_of_one_save_serve_the_next(tmp_path: Path) -> None:
+    one = saver(tmp_path)
+    assert saved(one, 1) is None
+    before = {name: buffer.data_ptr() for name, buffer in one.host.buffers.items()}
+    assert saved(one, 2) is None
+    assert {name: buffer.data_ptr() for name, buffer in one.host.buffers.items()} == before
+    assert steps(tmp_path) == [2, 1]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("error", [MemoryError("no memory"), OSError(5, "Input/output error"), RuntimeError("other")])
+def test_any_error_of_a_save_is_told_in_its_words_and_the_next_save_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, asynchronous: bool
+) -> None:
+    def failing(*_: Any) -> None:
+        raise error
+
+    one = saver(tmp_path, asynchronous=asynchronous)
+    with monkeypatch.context() as patched:
+        patched.setattr(tensor_files, "write", failing)
+        assert str(error) in (saved(one, 1) or "")
+    with monkeypatch.context() as patched:
+        patched.setattr(one.host, "copy", failing)
+        assert (str(error) in (saved(one, 2) or "")) == asynchronous
+    assert saved(one, 3) is None
+    assert steps(tmp_path)[0] == 3
+
+
+def test_a_run_that_is_not_its_own_any_more_commits_nothing(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise RuntimeError("another attempt has taken this run over")
+
+    assert "another attempt has taken this run over" in (saved(saver(tmp_path, permit=refuse), 1) or "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def save_on_two_ranks(folder: Path) -> list[Any]:
+    """One rank's memory runs out; then it is slow to write, and training has its own collectives meanwhile."""
+    with joined() as world:
+        one = saver(folder, world)
+        copy, write = one.host.copy, tensor_files.write
+        if world.rank == 1:
+            one.host.copy = lambda _: (_ for _ in ()).throw(MemoryError("rank 1 is full"))  # type: ignore
+        answers: list[Any] = [saved(one, 1)]
+        one.host.copy = copy  # type: ignore[method-assign]
+        go = threading.Event()
+        if world.rank == 1:
+            tensor_files.write = lambda *args: write(*args) if go.wait(60) else None  # type: ignore
+        one.begin(2, weights(2.0, world.rank, world.size), facts())
+        for number in range(200):
+            assert world.agree_max(number + world.rank) == number + 1
+            assert world.gather(number) == [number, number]
+        answers.append(one.is_done())
+        go.set()
+        ended = one.finish()
+        assert ended is not None
+        answers += [ended.error, one.finish()]
+        one.begin(3, weights(3.0, world.rank, world.size), facts())
+        while not one.is_done():
+            pass
+        assert one.thread is not None
+        one.thread.join()
+        ended = one.finish()
+        assert ended is not None
+        return [*answers, ended.step]
+
+
+def test_ranks_agree_on_every_save_while_training_has_collectives_of_its_own(tmp_path: Path) -> None:
+    first, second = (result.value for result in run_ranks(2, save_on_two_ranks, tmp_path))
+    assert first == second
+    assert "step 1 could not be copied to host memory: MemoryError: rank 1 is full" in first[0]
+    assert first[1:] == [False, None, None, 3]
+    assert steps(tmp_path) == [3, 2]
+
+
+def test_a_full_disk_fails_the_save_beside_the_training_and_keeps_the_previous_one(small_disk: Path) -> None:
+    one = saver(small_disk)
+    large = {"model.w": Piece(torch.zeros(3_000_000), (3_000_000,))}
+    for step, error in ((1, None), (2, "No space left on device"), (3, None)):
+        if error:
+            (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 6_000_000))
+        one.begin(step, large, facts())
+        ended = one.finish()
+        assert ended is not None
+        assert (error in ended.error and "MB free" in ended.error) if error and ended.error else ended.error is None
+        assert sorted(path.name for path in small_disk.glob("step*")) == [f"step_{s:08d}" for s in (1, 3) if s <= step]
+        (small_disk / "filler").unlink(missing_ok=True)
+
+
+def test_retention_keeps_the_newest_the_best_and_every_nth(tmp_path: Path) -> None:
+    one = saver(tmp_path, keep_last=2, keep_every_steps=4)
+    for step in range(1, 12):
+        assert saved(one, step, best_step=3 if step >= 3 else step) is None
+    assert steps(tmp_path) == [11, 10, 8, 4, 3]
+
+
+@pytest.mark.parametrize("damage", ["cut", "no file", "no manifest"])
+def test_retention_does_not_count_what_is_not_whole(tmp_path: Path, damage: str) -> None:
+    one = saver(tmp_path, keep_last=2)
+    for step in (1, 2, 3):
+        assert saved(one, step) is None
+    data = tmp_path / "step_00000003" / "rank-00000.safetensors"
+    if damage == "cut":
+        os.truncate(data, 10)
+    else:
+        (data if damage == "no file" else data.with_name("manifest.json")).unlink()
+    (tmp_path / "step_00000009.saving").mkdir()
+    (tmp_path / "step_00000008.damaged").mkdir()
+    assert saved(one, 4) is None
+    names = sorted(path.name for path in checkpoint.committed(tmp_path))
+    assert names == ["step_00000002", "step_00000003", "step_00000004"], "2 and 4 are whole, and 3 is left to be seen"
+
+
+# Kills. A child process has two ranks as threads, so that one SIGKILL ends both as a power failure would.
+
+
+class Threads:
+    """What two ranks in one process agree over."""
+
+    def __init__(self, size: int):
+        self.barrier, self.values = threading.Barrier(size), [None] * size
+
+
+@dataclass(frozen=True)
+class ThreadWorld(World):
+    """A rank that is a thread."""
+
+    threads: Threads
+
+    def gather(self, value: Any) -> list[Any]:
+        self.threads.values[self.rank] = value
+        self.threads.barrier.wait(60)
+        values = list(self.threads.values)
+        self.threads.barrier.wait(60)
+        return values
+
+    def agree_max(self, value: int) -> int:
+        return max(self.gather(value))
+
+
+TOUCHES_DISK = ("write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
+
+
+def kill_at(call: int, when: str) -> None:
+    """SIGKILL before, within or after the given call (from 1) of those functions of `os` that change a disk."""
+    lock, calls = threading.Lock(), 0
+
+    def deadly(function: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            with lock:
+                calls += 1
+                if calls != call:
+                    return function(*args, **kwargs)
+                try:
+                    if when == "within":
+                        function(args[0], args[1][: len(args[1]) // 2])
+                    if when == "after":
+                        function(*args, **kwargs)
+                finally:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return act
+
+    for name in ("write",) if when == "within" else TOUCHES_DISK:
+        setattr(os, name, deadly(getattr(os, name)))
+
+
+def save_as_two_ranks(folder: Path, step: int, asynchronous: bool) -> None:
+    """Saves and lets go of what is older than two checkpoints."""
+    shared = Threads(2)
+
+    def rank(number: int) -> None:
+        world = ThreadWorld(number, 2, torch.device("cpu"), None, shared)  # type: ignore[arg-type]
+        one = saver(folder, ALONE, keep_last=2, asynchronous=asynchronous)
+        one.world = one.writers = world
+        assert saved(one, step) is None
+
+    ranks = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join()
+
+
+def killed_saves(folder: Path, asynchronous: bool, when: str) -> int:
+    """Saves a third step once per call that changes the disk, killed at that call; the number of kills.
+
+    After each: what has a committed name is whole, the newest is the second or the third, and the next save succeeds.
+    """
+    start = folder / "start"
+    for step in (1, 2):
+        save_as_two_ranks(start, step, asynchronous)
+    for call in range(1, 1000):
+        place = folder / str(call)
+        shutil.copytree(start, place)
+        child = os.fork()
+        if child == 0:
+            kill_at(call, when)
+            save_as_two_ranks(place, 3, asynchronous)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert status in (0, signal.SIGKILL), (call, status)
+        found = steps(place)
+        assert found[0] in (2, 3), (call, found)
+        assert set(found) >= ({2} if found[0] == 2 else {2, 3}), (call, found)
+        newest = checkpoint.newest(place, print)
+        assert newest is not None
+        assert newest.step == found[0]
+        checkpoint.discard_unfinished(place)
+        assert sorted(path.name for path in place.iterdir()) == sorted(f"step_{step:08d}" for step in found)
+        save_as_two_ranks(place, 4, asynchronous)
+        assert steps(place) == [4, found[0]]
+        shutil.rmtree(place)
+        if status == 0:
+            assert found == [3, 2]
+            return call - 1
+    raise AssertionError("the save never came to its end")
+
+
+@pytest.mark.parametrize("when", ["before", "within", "after"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+def test_a_kill_at_every_write_flush_and_rename_leaves_whole_checkpoints(
+    tmp_path: Path, asynchronous: bool, when: str
+) -> None:
+    (result,) = run_ranks(1, killed_saves, tmp_path, asynchronous, when)
+    # mkdir; per rank header, data, file and folder flushed; manifest written, flushed, replaced, folder flushed;
+    # rename and folder flushed; the oldest checkpoint renamed, its three files unlinked, and itself.
+    assert result.value >= (5 if when == "within" else 20)
+
+
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "manifest.json"])
+def test_a_changed_byte_anywhere_is_noticed(tmp_path: Path, name: str) -> None:
+    assert saved(saver(tmp_path), 1) is None
+    path = tmp_path / "step_00000001"
+    whole, expected = (path / name).read_bytes(), checkpoint.verify(path).manifest
+    for place in range(len(whole)):
+        for bit in (0, 5):
+            content = bytearray(whole)
+            content[place] ^= 1 << bit
+            (path / name).write_bytes(content)
+            try:
+                found = checkpoint.verify(path).manifest
+            except checkpoint.DamagedError:
+                continue
+            # JSON can spell the same content in several ways, such as 1e-05 and 1E-05.
+            assert name == "manifest.json"
+            assert found == expected
+
+
+@pytest.mark.parametrize("name", ["../rank-00000.safetensors", "/etc/passwd", "a/rank-00000.safetensors", "x.pkl", ""])
+def test_a_manifest_that_names_foreign_files_is_not_read(tmp_path: Path, name: str) -> None:
+    assert saved(saver(tmp_path), 1) is None
+    path = tmp_path / "step_00000001"
+    body = checkpoint.read_manifest(path)
+    body["files"] = {name: next(iter(body["files"].values()))}
+    checkpoint.write_manifest(path, body)
+    with pytest.raises(checkpoint.CheckpointError, match="a file that no save writes; it is not read") as raised:
+        checkpoint.newest(tmp_path, print)
+    assert repr(name) in str(raised.value)
+
+
+def test_a_file_of_another_rank_that_cannot_be_seen_fails_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = tensor_files.write
+    monkeypatch.setattr(files, "PATIENCE", 0.0)
+    monkeypatch.setattr(tensor_files, "write", lambda *args: write(*args) | {"size": 5})
+    assert "not seen here with the 5 bytes that another rank wrote" in (saved(saver(tmp_path), 1) or "")
+    assert list(tmp_path.iterdir()) == []
