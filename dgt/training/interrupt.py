@@ -34,7 +34,8 @@ class Interruption:
     `deadline`: when the scheduler ends the job, as of time.time(); some time before it the ranks stop as if SIGUSR2 had
     come, because that notice can be late or missing. `announce` is called with the signal, once and on rank 0 alone,
     as soon as all ranks have agreed to stop. `is_current` says whether the run is still this attempt's: a scheduler
-    that has lost sight of a node starts the job again although its processes live on.
+    that has lost sight of a node starts the job again although its processes live on. `announce_hang` is told, on each
+    rank, why it is ended where ranks hang.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Interruption:
         deadline: float | None = None,
         announce: Callable[[int], None] | None = None,
         is_current: Callable[[], bool] = lambda: True,
+        announce_hang: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.deadline, self.announce, self.is_current = deadline, announce, is_current
+        self.announce_hang = announce_hang
         self.looked = time.time()
         self.allowance = 0.0 if deadline is None else max(0.0, SHARE_BEFORE_DEADLINE * (deadline - time.time()))
         self.received = 0

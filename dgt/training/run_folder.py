@@ -5,10 +5,12 @@ OUTPUT_DIR/NAME/
     metrics.jsonl    one line per logged step, per evaluation and per checkpoint
     events.jsonl     why every attempt started and stopped; written by the launcher, see dgt/training/events.py
     quarantine.jsonl one line per damaged sample that was met (data_pipeline/quarantine.py); absent while there is none
+    bad_steps.jsonl  one line per step that was bad and skipped (dgt/training/guard.py); absent while there is none
     tensorboard/     the same as curves
     profile          asks for a trace (dgt/training/profiling.py); profiles/ holds those that were taken
     samples/         the sample ids of every step (dgt/training/sample_log.py); only with monitor.log_samples
     checkpoints/     see dgt/training/checkpoint.py
+    hangs/           where each rank stood when an attempt hung (dgt/training/watchdog.py); absent while none did
     logs/            one file per rank, appended by every attempt
 """
 
@@ -85,6 +87,16 @@ class RunFolder:
     def quarantine(self) -> Path:
         """Damaged samples, one JSON object per line."""
         return self.path / "quarantine.jsonl"
+
+    @property
+    def bad_steps(self) -> Path:
+        """Steps that were skipped, one JSON object per line."""
+        return self.path / "bad_steps.jsonl"
+
+    @property
+    def hangs(self) -> Path:
+        """Stacks of ranks that hung, one folder per attempt."""
+        return self.path / "hangs"
 
     @property
     def tensorboard(self) -> Path:

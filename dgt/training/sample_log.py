@@ -1,19 +1,23 @@
 """Which samples made up every optimizer step, so that anyone can prove that an epoch used each of them once.
 
-    RUN/samples/rank-N.jsonl    {"step": 7, "ids": [12, 3, 44, 8]}: rank N's share of step 7, one line per step
+    RUN/samples/rank-N.jsonl    {"step": 7, "epoch": 0, "consumed": 56, "ids": [12, 3, 44, 8], "used": true}
 
-A resume at step s drops what comes later, so the lines always tell the history that the weights have.
+One line per batch: rank N's share of step 7, with the loader's position after it. `used` is false where the step was
+bad and skipped, or was lost when the run returned to an earlier checkpoint; these batches do not come again in their
+epoch. A resume drops what comes after its position, so the lines always tell the history that the weights have.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from dgt.training.checkpoint import write_durably
+from dgt.training.files import write_durably
 from dgt.training.run_folder import RunFolder
+from dgt.training.state import Progress, position
 from dgt.training.world import World
 
 log = logging.getLogger("dgt")
@@ -22,8 +26,8 @@ log = logging.getLogger("dgt")
 class SampleLog:
     """One rank's file; all ranks make theirs, because earlier lines are forgotten even where no more are written."""
 
-    def __init__(self, folder: Path, world: World, resumed_step: int, enabled: bool):
-        """Forgets what comes after `resumed_step`; rank 0 also in the files of ranks that there are no more."""
+    def __init__(self, folder: Path, world: World, resumed: Progress, enabled: bool):
+        """Forgets what comes after `resumed`; rank 0 also in the files of ranks that there are no more."""
         self.path = folder / f"rank-{world.rank}.jsonl"
         self.enabled = enabled
         self.has_failed = False
@@ -33,15 +37,17 @@ class SampleLog:
             mine = [self.path] if self.path.exists() else []
             orphans = [path for path in files(folder) if rank_of(path) >= world.size] if world.is_main else []
             for path in mine + orphans:
-                forget_after(path, resumed_step)
+                bring_to(path, resumed)
         except OSError as error:
             self.failed("earlier sample ids could not be read or written", error)
 
-    def step(self, step: int, ids: Sequence[int]) -> None:
-        """Appends one line; a full disk costs lines, not the run."""
+    def step(self, step: int, data: Mapping[str, Any], ids: Sequence[int], used: bool) -> None:
+        """Appends one line; `data`: the loader's state after the batch. A full disk costs lines, not the run."""
         if not self.enabled:
             return
-        line = json.dumps({"step": step, "ids": list(ids)}) + "\n"
+        epoch, consumed = position(data)
+        row = {"step": step, "epoch": epoch, "consumed": consumed, "ids": list(ids), "used": used}
+        line = json.dumps(row) + "\n"
         try:
             # opened anew each time: what was closed survives the death of this node on a network file system
             with self.path.open("a") as file:
@@ -67,25 +73,45 @@ def rank_of(path: Path) -> int:
     return int(path.stem.removeprefix("rank-"))
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drops, at once, the lines of later steps and those that a kill or full disk has cut off."""
-    write_durably(path, "".join(json.dumps({"step": s, "ids": ids}) + "\n" for s, ids in lines(path) if s <= step))
+def bring_to(path: Path, resumed: Progress) -> None:
+    """Drops, at once, the lines of later batches and those that a kill or full disk has cut off.
+
+    Batches that were served before, but whose steps `resumed` does not have, were not used.
+    """
+    reached = position(resumed.data)
+    kept = [
+        json.dumps({**row, "used": row["used"] and row["step"] <= resumed.step}) + "\n"
+        for row in rows(path)
+        if position(row) <= reached
+    ]
+    write_durably(path, "".join(kept))
 
 
-def lines(path: Path) -> Iterator[tuple[int, list[int]]]:
-    """The whole lines of one file: step and sample ids."""
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of one file."""
     for line in path.read_text().splitlines():
         try:
             row = json.loads(line)
-            yield row["step"], row["ids"]
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             continue
+        if isinstance(row, dict) and row.keys() >= {"step", "epoch", "consumed", "ids", "used"}:
+            yield row
 
 
 def surviving_samples(run: Path) -> dict[int, list[int]]:
     """Step -> sample ids of its global batch, in the order of ranks, of a run with monitor.log_samples."""
     found: dict[int, list[int]] = {}
     for path in files(RunFolder(run).samples):
-        for step, ids in lines(path):
-            found.setdefault(step, []).extend(ids)
+        for row in rows(path):
+            if row["used"]:
+                found.setdefault(row["step"], []).extend(row["ids"])
+    return dict(sorted(found.items()))
+
+
+def served_samples(run: Path) -> dict[int, list[int]]:
+    """Epoch -> ids of all samples that were served in it, whether their steps were used, skipped or lost."""
+    found: dict[int, list[int]] = {}
+    for path in files(RunFolder(run).samples):
+        for row in rows(path):
+            found.setdefault(row["epoch"], []).extend(row["ids"])
     return dict(sorted(found.items()))

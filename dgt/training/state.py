@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +31,11 @@ class Progress:
     """Step at which it was reached."""
     data: dict[str, Any] = field(default_factory=dict)
     """Position of the training loader; it moves on with every batch, bad ones included."""
+
+
+def position(data: Mapping[str, Any]) -> tuple[int, int]:
+    """Where in the data a loader is: epoch, and samples of it that were handed over. It only ever grows."""
+    return data.get("epoch", 0), data.get("consumed", 0)
 
 
 @dataclass(frozen=True)

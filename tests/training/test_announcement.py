@@ -144,9 +144,10 @@ def test_a_marker_that_cannot_be_written_does_not_keep_the_ranks_from_saving(
     config = small_config(marked)
     interruption = Interruption(announce=lambda number: Announcement().make(number, 0.0))
 
-    def step(self: Trainer, batch: Any, waited: float) -> None:
-        original(self, batch, waited)
+    def step(self: Trainer, batch: Any, waited: float) -> bool:
+        taken = original(self, batch, waited)
         interruption.note(signal.SIGTERM, None)
+        return taken
 
     original = Trainer.step
     monkeypatch.setattr(Trainer, "step", step)

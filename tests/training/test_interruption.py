@@ -226,12 +226,13 @@ def train_beside_a_dying_rank(config: Config, folder: Path) -> str:
     interruption = Interruption(announce=lambda number: (folder / "announced").touch())
     original = Trainer.step
 
-    def step(self: Trainer, batch: Any, waited: float) -> None:
-        original(self, batch, waited)
+    def step(self: Trainer, batch: Any, waited: float) -> bool:
+        taken = original(self, batch, waited)
         if self.progress.step == 2:
             if self.world.rank == 1:
                 kill_self()
             interruption.note(signal.SIGTERM, None)
+        return taken
 
     Trainer.step = step  # type: ignore[method-assign]
     return train(config, interruption).status

@@ -17,6 +17,7 @@ from data_pipeline.config import SyntheticConfig
 from dgt.config import Config
 from dgt.training.monitor import MonitorConfig
 from dgt.training.sample_log import SampleLog, surviving_samples
+from dgt.training.state import Progress
 from dgt.training.trainer import Trainer, train
 from dgt.training.world import World
 
@@ -26,12 +27,17 @@ def rank(number: int, size: int) -> World:
     return World(number, size, torch.device("cpu"), None)  # type: ignore[arg-type]
 
 
+def at(step: int, batches: int | None = None) -> Progress:
+    """After `step` steps and `batches` batches of the first epoch; as many as steps where not said."""
+    return Progress(step=step, data={"epoch": 0, "consumed": step if batches is None else batches})
+
+
 def write(run: Path, size: int, resumed_step: int, last: int, enabled: bool = True) -> None:
     """One attempt of all ranks: the ids of rank r at step s in a world of n are 100 n + 10 s + r."""
     for r in range(size):
-        samples = SampleLog(run / "samples", rank(r, size), resumed_step, enabled)
+        samples = SampleLog(run / "samples", rank(r, size), at(resumed_step), enabled)
         for step in range(resumed_step + 1, last + 1):
-            samples.step(step, [100 * size + 10 * step + r])
+            samples.step(step, at(step).data, [100 * size + 10 * step + r], used=True)
 
 
 def test_a_resume_forgets_later_steps_also_of_ranks_that_are_no_more(tmp_path: Path) -> None:
@@ -55,7 +61,7 @@ def test_an_attempt_without_the_log_forgets_what_its_steps_replace_and_makes_no_
 
 
 def test_a_full_disk_costs_lines_and_one_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    samples = SampleLog(tmp_path / "samples", rank(0, 1), 0, enabled=True)
+    samples = SampleLog(tmp_path / "samples", rank(0, 1), at(0), enabled=True)
     kept = tmp_path / "before"
     for step in range(1, 6):
         if step == 3:
@@ -65,7 +71,7 @@ def test_a_full_disk_costs_lines_and_one_report(tmp_path: Path, caplog: pytest.L
             samples.path.unlink()
             kept.write_text(kept.read_text() + '{"step": 3, "i')  # as far as it came
             kept.rename(samples.path)
-        samples.step(step, [step])
+        samples.step(step, at(step).data, [step], used=True)
     assert surviving_samples(tmp_path) == {1: [1], 2: [2], 5: [5]}
     assert len(caplog.messages) == 1
     assert "the sample ids of step 3 could not be written" in caplog.text
@@ -74,7 +80,7 @@ def test_a_full_disk_costs_lines_and_one_report(tmp_path: Path, caplog: pytest.L
 
 def test_a_file_that_cannot_be_read_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "samples" / "rank-0.jsonl").mkdir(parents=True)
-    SampleLog(tmp_path / "samples", rank(0, 1), 3, enabled=True).step(4, [1])
+    SampleLog(tmp_path / "samples", rank(0, 1), at(3), enabled=True).step(4, at(4).data, [1], used=True)
     assert "earlier sample ids could not be read" in caplog.text
 
 
@@ -82,10 +88,11 @@ def train_and_die(config: Config, die_at: int) -> None:
     """Rank 1 is SIGKILLed before the given step is saved."""
     original = Trainer.step
 
-    def step(self: Trainer, batch: Any, waited: float) -> None:
-        original(self, batch, waited)
+    def step(self: Trainer, batch: Any, waited: float) -> bool:
+        taken = original(self, batch, waited)
         if self.world.rank == 1 and self.progress.step == die_at:
             kill_self()
+        return taken
 
     Trainer.step = step  # type: ignore[method-assign]
     train(config)

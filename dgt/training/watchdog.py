@@ -1,0 +1,130 @@
+"""Ends an attempt that hangs, and writes where each rank stood.
+
+    RUN/hangs/BEGIN/rank-N.txt    the stacks of all threads of rank N; BEGIN: when the attempt began
+    RUN/hangs/BEGIN/nccl-N        NCCL's flight recorder, where there is NCCL
+
+One thread per rank watches whether the loop shows signs of life. The first that misses them writes its stacks, which
+the others' threads see, so that they write theirs before anyone ends. Where a rank's interpreter is held, so that its
+thread does not run either, faulthandler's own thread writes the stacks to the rank's log and ends it (status 1).
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from dgt.training.run_folder import RunFolder
+from dgt.training.world import World
+
+if TYPE_CHECKING:
+    from dgt.config import Config
+
+log = logging.getLogger("dgt")
+
+HUNG = 75
+"""Exit status of a rank that was ended because of a hang (EX_TEMPFAIL of sysexits.h: try again)."""
+SECONDS_FOR_OTHERS = 20.0
+"""How long a rank waits for the others' stacks before it ends; a network file system shows them late."""
+LOOKS = 10
+"""How often within the deadline the thread looks, but at least every second."""
+
+
+class Watchdog:
+    """Watches one rank from `__enter__` to `__exit__`; between two beats no more than `seconds` may pass."""
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        world_size: int,
+        seconds: float,
+        announce: Callable[[str], None] = lambda text: None,
+    ):
+        """`folder`: the attempt's, the same for all ranks; `announce` is told of a hang, on the rank that meets it."""
+        self.folder, self.rank, self.world_size, self.seconds = folder, rank, world_size, seconds
+        self.announce = announce
+        self.last, self.doing = time.monotonic(), "starting"
+        self.is_over = threading.Event()
+        self.thread = threading.Thread(target=self.watch, name="watchdog", daemon=True)
+
+    @classmethod
+    def of_run(cls, config: Config, world: World, announce: Callable[[str], None]) -> Watchdog:
+        """That of this rank in the attempt that begins now; all ranks call it."""
+        begun = world.on_main(lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        folder = RunFolder(config.run_dir).hangs / begun
+        return cls(folder, world.rank, world.size, config.guard.hang_seconds, announce)
+
+    def __enter__(self) -> Watchdog:
+        self.last = time.monotonic()
+        if self.seconds:
+            self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.is_over.set()
+        if self.thread.is_alive():
+            self.thread.join()
+
+    def beat(self, doing: str) -> None:
+        """A sign of life; `doing`: what comes next, in words."""
+        self.last, self.doing = time.monotonic(), doing
+
+    def watch(self) -> None:
+        """The thread: looks now and then whether this rank or another hangs."""
+        try:
+            while not self.is_over.wait(min(1.0, self.seconds / LOOKS)):
+                if time.monotonic() - self.last > self.seconds:
+                    self.end(f"rank {self.rank} has got nothing done for {self.seconds:g} s, while {self.doing}")
+                elif self.written():
+                    self.end(f"another rank hangs; rank {self.rank} stood still while {self.doing}")
+                faulthandler.dump_traceback_later(self.seconds, exit=True, file=2)  # standard error; for this thread
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def written(self) -> list[Path]:
+        """Files of the ranks that have written their stacks."""
+        return list(self.folder.glob("rank-*.txt"))
+
+    def end(self, why: str) -> None:
+        """Writes this rank's stacks, gives the others time for theirs, and ends the process."""
+        try:
+            text = f"{why}; stacks of all ranks: {self.folder}"
+            log.error("hang: %s", text)
+            self.announce(text)
+            self.write_stacks(why)
+            self.write_flight_record()
+            patience = time.monotonic() + SECONDS_FOR_OTHERS
+            while len(self.written()) < self.world_size and time.monotonic() < patience:
+                time.sleep(0.1)
+        finally:
+            os._exit(HUNG)  # whatever this rank is stuck in, it is not asked
+
+    def write_stacks(self, why: str) -> None:
+        """Says what all threads of this process are doing, in a file that appears with all its content."""
+        path = self.folder / f"rank-{self.rank}.txt"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".new")
+        with unfinished.open("w") as file:
+            file.write(f"{why}\nprocess {os.getpid()} on node {socket.gethostname()}\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+
+    def write_flight_record(self) -> None:
+        """The last collectives of NCCL, as `torchfrtrace` reads them; nothing where there is no NCCL."""
+        dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+        if dump is not None and torch.cuda.is_available():
+            (self.folder / f"nccl-{self.rank}").write_bytes(dump())
