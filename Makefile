@@ -15,7 +15,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt .ci/setup
 setup-slurm: setup
 	@.ci/setup-system $(VENV) slurm
 
-setup-test: setup  ## what the tests need besides: Slurm, ffcv and its system packages (apt-get, where permitted)
+setup-test: setup  ## what the tests need besides: DeepSpeed, Slurm, ffcv and its system packages (apt-get, where permitted)
 	@.ci/setup-system $(VENV)
 
 demo: setup  ## prepare the digits, train with an interruption, evaluate, export, say what came out

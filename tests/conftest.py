@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -28,10 +29,17 @@ def why_no_ffcv() -> str:
     return ""
 
 
+@functools.cache
+def why_no_deepspeed() -> str:
+    """Why DeepSpeed cannot be used here; empty where it is installed."""
+    return "" if importlib.util.find_spec("deepspeed") else "deepspeed is not installed: make setup-test does"
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked ffcv are skipped where it cannot be used, but not under CI."""
-    if item.get_closest_marker("ffcv") and why_no_ffcv():
-        pytest.fail(why_no_ffcv()) if os.environ.get("CI") == "true" else pytest.skip(why_no_ffcv())
+    """Tests marked ffcv or deepspeed are skipped where it cannot be used, but not under CI."""
+    for marker, why_not in (("ffcv", why_no_ffcv), ("deepspeed", why_no_deepspeed)):
+        if item.get_closest_marker(marker) and why_not():
+            pytest.fail(why_not()) if os.environ.get("CI") == "true" else pytest.skip(why_not())
 
 
 @pytest.fixture
