@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+NUM_BINS = 64
 
 
 def distributions(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -29,6 +32,21 @@ def distributions(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def add(curves: SummaryWriter, network: nn.Module, step: int) -> None:
-    """Writes one TensorBoard histogram per parameter and per gradient."""
+    """Writes one TensorBoard histogram per parameter and per gradient, of 64 equal bins from least to largest.
+
+    SummaryWriter.add_histogram sorts into 1,500 bins, which takes many times as long.
+    """
     for name, values in distributions(network):
-        curves.add_histogram(name, values, step)
+        numbers = values.double().numpy()
+        counts, edges = np.histogram(numbers, NUM_BINS)
+        curves.add_histogram_raw(
+            name,
+            min=numbers.min(),
+            max=numbers.max(),
+            num=len(numbers),
+            sum=numbers.sum(),
+            sum_squares=np.square(numbers).sum(),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )

@@ -10,12 +10,16 @@ Nothing that is computed depends on it. At most 10 steps make a trace, and the n
 
 from __future__ import annotations
 
+import gzip
 import logging
 import os
+import shutil
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from torch.profiler import ProfilerActivity, profile, supported_activities
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 log = logging.getLogger("dgt")
 
@@ -78,10 +82,14 @@ class Profiler:
 
     def start(self, step: int, count: int) -> None:
         """Traces from here on."""
-        activities = supported_activities() & {ProfilerActivity.CPU, ProfilerActivity.CUDA}
-        tracer = profile(activities=activities, acc_events=True)
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        tracer = profile(activities=activities)
         try:
-            tracer.start()
+            with warnings.catch_warnings():  # of events that get lost between the cycles of a schedule; there is none
+                warnings.simplefilter("ignore", UserWarning)
+                tracer.start()
         except RuntimeError as error:  # another profiler watches this process, or CUPTI may not be used
             log.warning("steps from %d on cannot be traced: %s", step, error)
             return
@@ -93,18 +101,23 @@ class Profiler:
         if tracer is None:
             return
         name = f"steps-{self.begun:08d}-{step:08d}{SUFFIX}"
-        unfinished = self.folder / f".{name}"
+        plain, unfinished = self.folder / f".{name.removesuffix('.gz')}", self.folder / f".{name}"
         try:
             tracer.stop()
             self.folder.mkdir(exist_ok=True)
-            tracer.export_chrome_trace(str(unfinished))
+            tracer.export_chrome_trace(str(plain))
+            with plain.open("rb") as source, gzip.open(unfinished, "wb", compresslevel=5) as compressed:
+                shutil.copyfileobj(source, compressed, 1 << 20)  # torch would compress line by line
             os.replace(unfinished, self.folder / name)
-            for old in sorted(self.folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime)[:-MAX_TRACES]:
+            traces = sorted(self.folder.glob(f"steps-*{SUFFIX}"), key=lambda path: path.stat().st_mtime)
+            for old in traces[:-MAX_TRACES]:
                 old.unlink()
             log.info("trace of steps %d to %d: %s", self.begun, step, self.folder / name)
         except (OSError, RuntimeError) as error:
-            with suppress(OSError):
-                unfinished.unlink()
             log.error(
                 "the trace of steps %d to %d could not be written to %s: %s", self.begun, step, self.folder, error
             )
+        finally:
+            for path in (plain, unfinished):
+                with suppress(OSError):
+                    path.unlink()

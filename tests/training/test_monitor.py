@@ -149,6 +149,7 @@ def test_weights_and_gradients_have_histograms_when_it_is_time_without_what_is_n
     (event,) = events.Histograms("gradients/weight")
     found = event.histogram_value
     assert (event.step, found.num, found.sum, found.min, found.max) == (2, 2, 4.0, 1.0, 3.0)
+    assert (found.sum_squares, sum(found.bucket), found.bucket[0], found.bucket_limit[-1]) == (10.0, 2, 1, 3.0)
     (event,) = events.Histograms("weights/weight")
     assert event.histogram_value.sum == pytest.approx(float(network.weight.detach().double().sum()), abs=1e-6)
 
