@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,8 +297,10 @@ def discard_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def prune(folder: Path, config: CheckpointConfig, best_step: int | None, report: Callable[[str], None]) -> None:
-    """Removes the committed checkpoints that `config` does not keep and that are not of `best_step`; for one rank.
+def prune(
+    folder: Path, config: CheckpointConfig, spared: Collection[int | None], report: Callable[[str], None]
+) -> None:
+    """Removes the committed checkpoints that `config` does not keep and whose step is not `spared`. For one rank.
 
     Those that lack a file or a part of one count for nothing, and stay. A folder loses its committed name first, so
     that a removal that is cut off leaves nothing that looks whole. One that cannot be removed (somebody has it open on
@@ -310,7 +312,7 @@ def prune(folder: Path, config: CheckpointConfig, best_step: int | None, report:
         if kept < config.keep_last:
             kept += looks_whole(path)
             continue
-        if step == best_step or (config.keep_every_steps and step % config.keep_every_steps == 0):
+        if step in spared or (config.keep_every_steps and step % config.keep_every_steps == 0):
             continue
         doomed = path.with_suffix(".saving")
         try:

@@ -123,7 +123,8 @@ class Saver:
                 error = checkpoint.save(self.folder, begun.step, pieces, begun.facts, self.writers, self.permit)
             if not error and self.world.is_main:
                 best_step = begun.facts.get("progress", {}).get("best_step")
-                checkpoint.prune(self.folder, self.config, best_step, log.warning)
+                # A run that has gone back to an older checkpoint saves that one again: not the newest, and in use.
+                checkpoint.prune(self.folder, self.config, (begun.step, best_step), log.warning)
         except BaseException as raised:  # such as a rank that was lost: raised where the loop waits for the save
             self.failure = raised
             return

@@ -124,7 +124,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_reported_and_stops_nothing(
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
-    checkpoint.prune(tmp_path, CheckpointConfig(keep_last=1), None, said.append)
+    checkpoint.prune(tmp_path, CheckpointConfig(keep_last=1), (), said.append)
     assert len(said) == 2
     assert "Directory not empty" in said[0]
     assert [p.name for p in checkpoint.committed(tmp_path)] == ["step_00000003"]
@@ -166,7 +166,7 @@ def save_and_die(folder: Path, point: str) -> None:
 
         tensor_files.write, os.replace, Path.rename = killing_write, killing_replace, killing_rename  # type: ignore
         save(folder, 3, world)
-        checkpoint.prune(folder, CheckpointConfig(keep_last=2), None, print)
+        checkpoint.prune(folder, CheckpointConfig(keep_last=2), (), print)
 
 
 @pytest.mark.parametrize("point", KILL_POINTS)
@@ -203,7 +203,7 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path, world: World) -
     for step in range(1, 7):
         save(tmp_path, step, world)
     (tmp_path / "step_00000009.saving").mkdir()
-    checkpoint.prune(tmp_path, CheckpointConfig(keep_last=2), best_step=3, report=print)
+    checkpoint.prune(tmp_path, CheckpointConfig(keep_last=2), [3, None], print)
     assert [p.name for p in checkpoint.committed(tmp_path)] == ["step_00000006", "step_00000005", "step_00000003"]
 
 

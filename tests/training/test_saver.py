@@ -185,6 +185,14 @@ def test_retention_keeps_the_newest_the_best_and_every_nth(tmp_path: Path) -> No
     assert steps(tmp_path) == [11, 10, 8, 4, 3]
 
 
+def test_retention_spares_the_checkpoint_that_a_run_has_gone_back_to(tmp_path: Path) -> None:
+    one = saver(tmp_path, keep_last=4)
+    for step in (1, 2, 3):
+        assert saved(one, step) is None
+    assert saved(saver(tmp_path, keep_last=1), 1) is None
+    assert steps(tmp_path) == [3, 1]
+
+
 @pytest.mark.parametrize("damage", ["cut", "no file", "no manifest"])
 def test_retention_does_not_count_what_is_not_whole(tmp_path: Path, damage: str) -> None:
     one = saver(tmp_path, keep_last=2)
