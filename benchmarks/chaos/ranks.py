@@ -21,9 +21,11 @@ from dgt.config import Config
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # ranks share few cores here: an idle thread must sleep, not spin
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 forkserver = multiprocessing.get_context("forkserver")
 PRELOADED = ["dgt.config", "dgt.training.trainer", "dgt.training.parallel.ddp", "dgt.training.parallel.fsdp",
-             "dgt.tasks.classification", "torch._dynamo", "benchmarks.chaos.moments"]  # fmt: skip
+             "dgt.tasks.classification", "torch._dynamo", "benchmarks.chaos.moments", "deepspeed"]  # fmt: skip
 
 Sabotage = Callable[[], None]
 

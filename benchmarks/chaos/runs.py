@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.config import AugmentConfig, DataConfig, SyntheticConfig
 from dgt.config import Config
@@ -12,21 +12,19 @@ from dgt.training.checkpoint import CheckpointConfig
 from dgt.training.ema import EmaConfig
 from dgt.training.mixing import MixingConfig
 from dgt.training.monitor import MonitorConfig
-from dgt.training.parallel import EngineConfig
+from dgt.training.parallel.config import DeepSpeedConfig, EngineConfig
 from dgt.training.schedule import ScheduleConfig
 from dgt.training.steps import StepsConfig
 
+WORLD_SIZE = 2
 
-@dataclass(frozen=True)
-class Kind:
-    """An engine and the number of its ranks."""
-
-    engine: str
-    ranks: int
-
-
-ENGINES = {"ddp": Kind("ddp", 2), "fsdp": Kind("fsdp", 2)}
-"""What is disturbed, by name."""
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"name": "ddp"},
+    "fsdp": {"name": "fsdp"},
+    "zero2": {"name": "deepspeed", "deepspeed": DeepSpeedConfig(stage=2)},
+    "zero3": {"name": "deepspeed", "deepspeed": DeepSpeedConfig(stage=3)},
+}
+"""What is disturbed, by name: the engine's settings."""
 
 
 def small_run(folder: Path, engine: str) -> Config:
@@ -45,7 +43,7 @@ def small_run(folder: Path, engine: str) -> Config:
         schedule=ScheduleConfig(warmup_epochs=1.5),
         mixing=MixingConfig(),
         ema=EmaConfig(decay=0.9),
-        engine=EngineConfig(name=ENGINES[engine].engine, precision="fp32", threads=1),
+        engine=EngineConfig(**ENGINES[engine], precision="fp32", threads=1),
         checkpoint=CheckpointConfig(every_steps=2, keep_last=3),
         monitor=MonitorConfig(log_every=1, tensorboard=False),
     )  # fmt: skip

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.chaos.evidence import differences, final
 from ranks import kill_self, run_ranks
 from small import small_config
 
+from benchmarks.chaos.evidence import differences, final
 from dgt.config import Config
 from dgt.tasks import Classification
+from dgt.training.keeper import Keeper
 from dgt.training.trainer import Trainer, train
 
 WORLD_SIZE = 2
@@ -24,7 +25,7 @@ def train_and_die(config: Config, die_at: int | None, where: str = "step") -> di
     """One attempt in one rank, SIGKILLed at step `die_at`: after it, within its evaluation, before a commit."""
     served: list[tuple[int, list[int], int]] = []
     groupings = 0
-    original = {name: getattr(Trainer, name) for name in ("step", "save")}
+    original = {"step": Trainer.step, "save": Keeper.save}
     original_totals = Classification.totals
 
     def step(self: Trainer, batch: Any, waited: float) -> bool:
@@ -39,13 +40,13 @@ def train_and_die(config: Config, die_at: int | None, where: str = "step") -> di
             kill_self()
         return original_totals(self, *args)
 
-    def save(self: Trainer, must: bool) -> bool:
+    def save(self: Keeper) -> bool:
         if where == "save" and self.progress.step == die_at and self.world.is_main:
             rename = Path.rename
             Path.rename = lambda path, to: kill_self() if path.suffix == ".saving" else rename(path, to)  # type: ignore
-        return original["save"](self, must)
+        return original["save"](self)
 
-    Trainer.step, Trainer.save, Classification.totals = step, save, totals  # type: ignore[method-assign]
+    Trainer.step, Keeper.save, Classification.totals = step, save, totals  # type: ignore[method-assign]
 
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
