@@ -23,6 +23,7 @@ from dgt.tasks import Classification
 from dgt.training import checkpoint
 from dgt.training.checkpoint import CheckpointConfig, SaveError
 from dgt.training.interrupt import Interruption
+from dgt.training.keeper import Keeper
 from dgt.training.monitor import MonitorConfig
 from dgt.training.steps import StepsConfig
 from dgt.training.trainer import Trainer, train
@@ -214,8 +215,8 @@ def test_a_finished_run_ends_at_once_when_it_is_started_again(tmp_path: Path, mo
     assert {name.split("/")[0] for name in before} == {
         "config.yaml", "metrics.jsonl", "tensorboard", "samples", "checkpoints"
     }  # fmt: skip
-    for name in ("step", "save"):
-        monkeypatch.setattr(Trainer, name, None)
+    monkeypatch.setattr(Trainer, "step", None)
+    monkeypatch.setattr(Keeper, "save", None)
     monkeypatch.setattr(Classification, "totals", None)
     for signals in ((), (signal.SIGTERM,)):  # a signal changes nothing about that
         interruption = Interruption()
