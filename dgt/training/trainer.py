@@ -141,6 +141,7 @@ class Trainer:
         """
         started, steps, progress = time.perf_counter(), self.config.steps, self.progress
         self.watchdog.beat(f"in step {progress.step + 1}")
+        self.monitor.begin(progress.step + 1)
         if self.world.is_main and self.monitor.reports(progress.step + 1):
             self.interruption.check_current()  # what is written to the run must be its own attempt's
         lr = learning_rate(
