@@ -41,7 +41,7 @@ def test_base_files_are_relative_to_the_file_and_overrides_come_last(tmp_path: P
         ("steps: 3", "steps: expected a section of keys and values, got 3"),
         ("steps:", "steps: expected a section of keys and values, got nothing"),
         ("engine: {name: horovod}", "engine.name: Input should be 'ddp', 'fsdp' or 'deepspeed'"),
-        ("optimizer: {betas: [0.9]}", "optimizer.betas"),
+        ("optimizer: {betas: [0.9]}", "optimizer: betas: adamw has 2 of them"),
         ("steps: {micro_batch_size: 3}", "micro_batch_size: must be even while mixing is on"),
         (
             "{steps: {global_batch_size: 1000}, data: {order: block, canonical_nodes: 8}}",

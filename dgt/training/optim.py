@@ -1,53 +1,135 @@
-"""The optimizer and which parameters it decays; timm builds both."""
+"""The optimizer, which parameters it decays, and how fast each layer learns; timm builds them all."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dgt.training.pieces import Piece, Pieces, piece_of
+
+OptimizerName = Literal[
+    "adamw", "adam", "nadamw", "sgd", "lamb", "lars", "lion", "adan", "muon", "fused_adamw", "fused_lamb"
+]
+
+NEEDS_WHOLE_TENSORS = frozenset({"lamb", "lars", "muon", "fused_lamb"})
+"""Optimizers whose update of an element depends on its whole tensor: on its norm, or on it as a matrix."""
+FROM_APEX = frozenset({"fused_adamw", "fused_lamb"})
+NUM_BETAS = {"sgd": 0, "lars": 0, "adan": 3}
+"""How many decay rates an optimizer has; the others have two."""
+MOMENTUM = {"sgd": 0.9, "lars": 0.9, "muon": 0.95}
+"""The optimizers with a momentum, and what it is unless configured."""
+WITHOUT_EPS = frozenset({"sgd", "lion"})
+WITH_FUSED = frozenset({"adamw", "adam", "sgd"})
+WITHOUT_FOREACH = frozenset({"muon"}) | FROM_APEX
+FOREACH_NEEDS_WHOLE = frozenset({"nadamw", "lion"})
+"""Optimizers whose foreach uses an operation (lerp) that sharded tensors do not have."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with timm's rules: no weight decay on biases, norms and what the model names in `no_weight_decay`."""
+    """How weights change; biases, norms and what the model names in `no_weight_decay` are not decayed."""
 
+    name: OptimizerName = "adamw"
+    """adamw (Loshchilov and Hutter, arXiv 1711.05101), adam, nadamw, sgd (with Nesterov momentum), lamb (1904.00962),
+    lars (1708.03888), lion (2302.06675), adan (2208.06677), muon (2502.16982: matrices and convolutions are
+    orthogonalised, at AdamW's scale; biases, norms, depth-wise convolutions and the classifier take AdamW), and apex's
+    fused_adamw and fused_lamb, where it is installed."""
     lr: float = 1e-3
     """Peak learning rate, for the global batch size as configured (it is not scaled)."""
     weight_decay: float = 0.05
-    """Decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the first and second moment."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Decoupled weight decay; adam, sgd and lars add it to the gradient, lamb to the update, as they are defined."""
+    betas: tuple[float, ...] | None = None
+    """Decay rates of the moments; null = the optimizer's own ([0.9, 0.999] for adamw)."""
+    momentum: float | None = None
+    """Share of the earlier gradients in sgd, lars (null: 0.9) and muon (null: 0.95)."""
+    eps: float | None = None
+    """Added to the root of the second moment; null = the optimizer's own (1e-8 for adamw)."""
     clip_grad_norm: float = 5.0
     """Largest L2 norm of the whole gradient; 0 = no clipping."""
+    layer_decay: float = 1.0
+    """Layer-wise decay of the learning rate (BEiT, arXiv 2106.08254): the head learns at the full rate, each block
+    below at this many times the rate of the one above; 1 = all layers alike."""
+    implementation: Literal["auto", "foreach", "fused", "for-loop"] = "auto"
+    """"foreach": a few operations on all tensors together; "fused": one kernel (adamw, adam, sgd); "for-loop": one
+    tensor after the other, for the least memory; "auto": foreach where the optimizer has it."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "eps", "clip_grad_norm"):
+        for name in ("lr", "weight_decay", "clip_grad_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: must lie in [0, 1), got {self.betas}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay: must lie in (0, 1], got {self.layer_decay}")
+        if self.betas is not None:
+            count = NUM_BETAS.get(self.name, 2)
+            if len(self.betas) != count:
+                raise ValueError(f"betas: {self.name} has {count} of them, got {list(self.betas)}; null takes its own")
+            if not all(0 <= beta < 1 for beta in self.betas):
+                raise ValueError(f"betas: must lie in [0, 1), got {list(self.betas)}")
+        if self.momentum is not None and not (self.name in MOMENTUM and 0 <= self.momentum < 1):
+            raise ValueError(f"momentum: lies in [0, 1) and is for {', '.join(MOMENTUM)}; got {self.momentum}")
+        if self.eps is not None and (self.name in WITHOUT_EPS or self.eps < 0):
+            raise ValueError(f"eps: must not be negative, and {', '.join(sorted(WITHOUT_EPS))} have none")
+        if self.implementation == "fused" and self.name not in WITH_FUSED:
+            raise ValueError(f"implementation: 'fused' is there for {', '.join(sorted(WITH_FUSED))}, not {self.name}")
+        if self.implementation == "foreach" and self.name in WITHOUT_FOREACH:
+            raise ValueError(f"implementation: 'foreach' is not there for {self.name}; set it to auto")
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters of the unwrapped or fully sharded `model`."""
+    """The optimizer over the parameters of the unwrapped or fully sharded `model` that need gradients.
+
+    Raises ValueError where there are none, and where apex's is asked for and cannot be had.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("model.freeze: nothing is left to train")
+    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
+    options = {key: value for key, value in options.items() if value is not None}
+    if config.name in MOMENTUM:
+        options["momentum"] = MOMENTUM[config.name] if config.momentum is None else config.momentum
+    if config.name in FROM_APEX:
+        require_apex(config.name, parameters)
+    elif config.name not in WITHOUT_FOREACH:
+        whole_only = config.name in FOREACH_NEEDS_WHOLE and any(isinstance(p, DTensor) for p in parameters)
+        if whole_only and config.implementation == "foreach":
+            raise ValueError(
+                f"optimizer.implementation: {config.name} has no foreach for sharded weights; set it to auto"
+            )
+        options["foreach"] = config.implementation in ("auto", "foreach") and not whole_only
+    if config.implementation == "fused":
+        options["fused"] = True
+    if config.name in ("lamb", "fused_lamb"):
+        options["max_grad_norm"] = float("inf")  # the engine clips, and knows the norm before
+    if config.name == "muon":
+        classifier = getattr(model, "pretrained_cfg", {}).get("classifier")
+        options["fallback_list"] = [f"{classifier}.*"] if isinstance(classifier, str) else []
     return create_optimizer_v2(
         model,
-        opt="adamw",
+        opt=config.name.replace("_", ""),
         lr=config.lr,
         weight_decay=config.weight_decay,
-        betas=tuple(config.betas),
-        eps=config.eps,
-        filter_bias_and_bn=True,
-        foreach=True,  # one call for all parameters: with sharded ones each call has a price of its own
+        layer_decay=config.layer_decay if config.layer_decay < 1 else None,
+        **options,
     )
+
+
+def require_apex(name: str, parameters: list[nn.Parameter]) -> None:
+    """Raises ValueError where apex's optimizers cannot be used."""
+    plain = name.removeprefix("fused_")
+    if importlib.util.find_spec("apex") is None or not torch.cuda.is_available():
+        raise ValueError(
+            f"optimizer.name: {name} is part of NVIDIA's apex, which is built from its source "
+            f"(https://github.com/NVIDIA/apex), and needs a CUDA GPU; {plain} computes the same without either"
+        )
+    if any(isinstance(p, DTensor) for p in parameters):
+        raise ValueError(f"optimizer.name: {name} knows no sharded parameters; use {plain}, or engine.name=ddp")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -78,10 +160,14 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def slots(names: Mapping[Any, str], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Where an optimizer keeps its state: a name for each value, and the dictionary and key that hold it."""
+    """Where an optimizer keeps its state: a name for each value, and the dictionary and key that hold it.
+
+    Truth values are none: they say how a parameter is treated, which follows from its shape.
+    """
     for parameter, state in optimizer.state.items():
-        for key in state:
-            yield f"{names.get(parameter, '')}.{key}", state, key
+        for key, value in state.items():
+            if not isinstance(value, bool):
+                yield f"{names.get(parameter, '')}.{key}", state, key
     for i, group in enumerate(optimizer.param_groups):
         if "step" in group:  # some of timm's count there
             yield f"groups.{i}.step", group, "step"
