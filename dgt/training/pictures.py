@@ -11,8 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 from dgt.tasks import Inputs
 
 WHITE, INK, SOFT, GRID = (255, 255, 255), (32, 36, 44), (110, 116, 128), (222, 225, 230)
-RIGHT, WRONG, GAP = (30, 110, 190), (205, 70, 45), (240, 190, 175)
-"""Colours of right answers, of wrong ones, and of a gap in calibration."""
+RIGHT, WRONG = (30, 110, 190), (205, 70, 45)
+"""Colours of right answers and of wrong ones."""
+DOUBTED, CLAIMED = (150, 190, 228), (240, 190, 175)
+"""Colours of accuracy above the confidence, and of confidence above the accuracy."""
 SIZE = 900
 """Least side of a confusion matrix, in pixels."""
 NAMED_CLASSES, NUMBERED_CLASSES = 40, 20
@@ -118,7 +120,7 @@ def reliability(bins: np.ndarray, error: float) -> np.ndarray:
     draw = ImageDraw.Draw(canvas)
     samples, width = bins[:, 0], side / len(bins)
     draw.text((left, 12), f"expected calibration error {error:.2f} %", INK, font(22))
-    draw.text((left, 40), "blue: accuracy; red: its distance from the mean confidence", SOFT, font(14))
+    draw.text((left, 40), "blue: accuracy, pale above the mean confidence; red: confidence above it", SOFT, font(14))
     scale = tick_marks(draw, left, top, side)
     for i, (count, right, confidence) in enumerate(bins):
         if not count:
@@ -126,7 +128,10 @@ def reliability(bins: np.ndarray, error: float) -> np.ndarray:
         x0, x1 = left + i * width + 1, left + (i + 1) * width - 1
         accuracy, claimed = scale(right / count), scale(confidence / count)
         draw.rectangle((x0, accuracy, x1, top + side), fill=RIGHT)
-        draw.rectangle((x0, min(accuracy, claimed), x1, max(accuracy, claimed)), fill=GAP, outline=WRONG)
+        gap = (x0, min(accuracy, claimed), x1, max(accuracy, claimed))
+        draw.rectangle(
+            gap, fill=DOUBTED if accuracy < claimed else CLAIMED, outline=RIGHT if accuracy < claimed else WRONG
+        )
     draw.line((left, top + side, left + side, top), SOFT, 2)
     base = top + side + 48 + low
     for i, count in enumerate(samples):

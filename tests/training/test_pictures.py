@@ -63,15 +63,18 @@ def test_steps_between_ticks_are_round() -> None:
     assert [nice_step(n) for n in (41, 100, 101, 300, 1000, 2048)] == [5, 10, 20, 50, 100, 500]
 
 
-def test_reliability_bars_reach_accuracy_and_the_gap_reaches_confidence() -> None:
+@pytest.mark.parametrize(("right", "confidence", "colour"), [(50, 75, pictures.CLAIMED), (100, 75, pictures.DOUBTED)])
+def test_reliability_bars_reach_accuracy_and_the_gap_reaches_confidence(
+    right: int, confidence: int, colour: tuple[int, int, int]
+) -> None:
     bins = np.zeros((10, 3))
-    bins[7] = (100, 50, 75)  # confidence 0.75, accuracy 0.5
+    bins[7] = (100, right, confidence)
     drawn = reliability(bins, 25.0)
     column = drawn[64 : 64 + 561, 76 + round(7.3 * 56)]  # beside the line of equal values
-    blue = (column == RIGHT).all(axis=1).sum()
-    gap = (column == pictures.GAP).all(axis=1).sum()
-    assert blue == pytest.approx(560 * 0.5, abs=2)
-    assert gap == pytest.approx(560 * 0.25, abs=4)  # its outline, and where lines cross it
+    blue = (column == pictures.RIGHT).all(axis=1).sum()
+    gap = (column == colour).all(axis=1).sum()
+    assert blue == pytest.approx(560 * min(right, confidence) / 100, abs=4)  # lines of the grid, outlines
+    assert gap == pytest.approx(560 * 0.25, abs=6)
 
 
 def test_samples_are_denormalised_and_labelled_with_their_shares() -> None:
