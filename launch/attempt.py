@@ -241,7 +241,8 @@ def end(attempt: Attempt) -> int:
         word = word_of_slurm(attempt, marker, requeue.patiently(lambda: cluster.job_fields(attempt.job)))
     said = said_in_attempt(attempt)
     culprit, lost = verdict.culprit_of(said), verdict.lost_node_of(said)
-    return conclude(attempt, Ending(marker, word, has_progressed(attempt), culprit, lost))
+    hung = runs.hang_of(attempt.prefix)
+    return conclude(attempt, Ending(marker, word, has_progressed(attempt), culprit, lost, hung))
 
 
 def has_progressed(attempt: Attempt) -> bool:

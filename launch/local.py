@@ -66,7 +66,11 @@ def run(job: LocalJob, lock: int) -> int:
             if asked_to_stop(marker, noted):
                 return note_stop(job, attempt, marker, noted)
             newest = runs.newest_checkpoint(job.run)
-            verdict = decide(Ending(marker, "", progressed=newest != before), tally, job.max_retries)
+            verdict = decide(
+                Ending(marker, "", progressed=newest != before, hung=runs.hang_of(marker_prefix(job, attempt))),
+                tally,
+                job.max_retries,
+            )
             tally = verdict.tally
             note_end(job, attempt, verdict, newest)
             if verdict.action != "again":
@@ -104,7 +108,7 @@ def note_end(job: LocalJob, attempt: int, verdict: Verdict, newest: str | None) 
         note(job, attempt, "finished", verdict.text, step=step)
         return
     note(job, attempt, "stopped", verdict.text, reason=verdict.reason, step=step)
-    if verdict.action == "stop" and verdict.reason == "crash":
+    if verdict.action == "stop" and verdict.reason in ("crash", "hang"):
         note(job, attempt, "gave-up", verdict.text, step=step)
         if job.max_retries:
             say(verdict.text)
@@ -118,9 +122,14 @@ def note(job: LocalJob, attempt: int, event: events.Event, text: str, **facts: A
         say(f"{events.FILE} could not be written: {error.strerror or error}")
 
 
+def marker_prefix(job: LocalJob, attempt: int) -> str:
+    """Where an attempt's markers are, without their endings."""
+    return str(job.run / "jobs" / f"{job.token}.{attempt}")
+
+
 def run_attempt(job: LocalJob, attempt: int, noted: Noted, lock: int) -> Marker:
     """Starts the ranks once, waits for their end, reports a death; returns the marker that they left."""
-    marker = str(job.run / "jobs" / f"{job.token}.{attempt}")
+    marker = marker_prefix(job, attempt)
     logs = [job.run / "logs" / f"rank-{rank}.log" for rank in range(job.processes)]
     for folder in (logs[0].parent, job.run / "jobs"):
         folder.mkdir(parents=True, exist_ok=True)

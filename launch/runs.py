@@ -6,6 +6,7 @@
         events.jsonl                      the story, see launch/events.py
         code/DIGEST/                      one snapshot per different code or configuration, see launch/snapshot.py
         jobs/TOKEN.ATTEMPT.stopping       all ranks agreed to stop, and save
+        jobs/TOKEN.ATTEMPT.hung           its ranks got nothing done, and have ended themselves
         jobs/TOKEN.ATTEMPT.interrupted    how an attempt ended, written by its rank 0: stopped as planned, and saved,
         jobs/TOKEN.ATTEMPT.finished       or training is complete,
         jobs/TOKEN.ATTEMPT.failed         or it failed in a way that another attempt would repeat
@@ -145,7 +146,7 @@ def locked(run: Path, mode: int = 0o700) -> Iterator[int]:
         os.close(descriptor)
 
 
-def leave_marker(prefix: str, end: End | Literal["stopping"], facts: dict[str, Any]) -> None:
+def leave_marker(prefix: str, end: End | Literal["stopping", "hung"], facts: dict[str, Any]) -> None:
     """Says how an attempt ended, for the launcher that waits for it; or that it is about to."""
     path = Path(f"{prefix}.{end}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,6 +173,11 @@ def read_marker(prefix: str) -> tuple[End, dict[str, Any]] | None:
         if path.exists():
             return end, json.loads(path.read_text())
     return None
+
+
+def hang_of(prefix: str) -> str:
+    """What a rank has said of a hang that has ended the attempt; empty where none has."""
+    return str((read_json(f"{prefix}.hung") or {}).get("text", ""))
 
 
 def newest_checkpoint(run: Path) -> str | None:

@@ -1,7 +1,8 @@
 """What every rank of a run executes: under torchrun, under `launch/submit.py`, under srun, or alone.
 
 Exit status: 0 when training is complete or was stopped as planned (SIGTERM, SIGUSR2), 130 after Ctrl-C (both with a
-checkpoint), 2 with one sentence for an error that is understood, 1 with a traceback for any other.
+checkpoint), 2 with one sentence for an error that is understood, 75 after a hang (dgt/training/watchdog.py), 1 with a
+traceback for any other.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def run(options: argparse.Namespace, early: Noted, rank: int) -> Outcome:
             deadline_of(os.environ),
             announce=lambda number: announcement.make(number, interruption.longest_save),
             is_current=lambda: prefix is None or runs.is_claimed_by(prefix),
+            announce_hang=lambda text: mark("hung", {"text": text}),
         )
         interruption.install()
         for number in early.received:
@@ -200,7 +202,7 @@ def conclude(outcome: Outcome, rank: int) -> int:
     return 128 + signal.SIGINT if outcome.signal == signal.SIGINT else 0
 
 
-def mark(end: runs.End | Literal["stopping"], facts: dict[str, object]) -> None:
+def mark(end: runs.End | Literal["stopping", "hung"], facts: dict[str, object]) -> None:
     """Leaves a marker where a launcher waits for one."""
     prefix = os.environ.get(runs.MARKER_VARIABLE)
     if prefix:

@@ -48,6 +48,8 @@ class Ending:
     """Node on which the first rank died."""
     lost_node: str | None = None
     """Node that the scheduler has given up."""
+    hung: str = ""
+    """What a rank has said of a hang; empty where there was none."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Verdict:
     action: Literal["done", "again", "wait", "stop"]
     """"again": the scheduler is to start the job once more; "wait": it does so by itself; "stop": a person must act."""
     reason: str
-    """For the log: preempted, time limit, node failure, requeued, cancelled, crash, signal or error; finished."""
+    """For the log: preempted, time limit, node failure, requeued, cancelled, crash, hang, signal or error; finished."""
     text: str
     """One sentence for people."""
     status: int
@@ -119,17 +121,18 @@ def crashed(ending: Ending, tally: Tally, max_retries: int) -> Verdict:
     failures = dict(tally.failures)
     if ending.culprit:
         failures[ending.culprit] = failures.get(ending.culprit, 0) + 1
-    on = f" on node {ending.culprit}" if ending.culprit else ""
+    what = "hang" if ending.hung else "crash"
+    on = (f" on node {ending.culprit}" if ending.culprit else "") + (f" ({ending.hung})" if ending.hung else "")
     tally = replace(tally, fruitless=fruitless, failures=failures)
     if fruitless > max_retries and ending.progressed:
-        return Verdict("stop", "crash", f"gave up after a crash{on}", 1, tally)
+        return Verdict("stop", what, f"gave up after a {what}{on}", 1, tally)
     if fruitless > max_retries:
-        crashes = "a crash" if fruitless == 1 else f"{fruitless} crashes in a row"
+        crashes = f"a {what}" if fruitless == 1 else f"{fruitless} crashes in a row"
         return Verdict(
-            "stop", "crash", f"gave up after {crashes} without a new checkpoint{on and f', the last{on}'}", 1, tally
+            "stop", what, f"gave up after {crashes} without a new checkpoint{on and f', the last{on}'}", 1, tally
         )
     bad = ending.culprit if failures.get(ending.culprit or "", 0) >= FAILURES_TO_EXCLUDE else None
-    return Verdict("again", "crash", f"crash {fruitless} of at most {max_retries} without progress{on}", 0, tally, bad)
+    return Verdict("again", what, f"{what} {fruitless} of at most {max_retries} without progress{on}", 0, tally, bad)
 
 
 def word_of_slurm(fields: Mapping[str, str], attempt: int, near_end: bool) -> Scheduler:

@@ -99,12 +99,14 @@ class Watchdog:
 
     def end(self, why: str) -> None:
         """Writes this rank's stacks, gives the others time for theirs, and ends the process."""
+        text = f"{why}; stacks of all ranks: {self.folder}"
+        log.error("hang: %s", text)
         try:
-            text = f"{why}; stacks of all ranks: {self.folder}"
-            log.error("hang: %s", text)
-            self.announce(text)
-            self.write_stacks(why)
-            self.write_flight_record()
+            for act in (lambda: self.write_stacks(why), lambda: self.announce(text), self.write_flight_record):
+                try:
+                    act()
+                except Exception as error:  # a full disk must not keep the process from ending
+                    log.error("not everything about the hang could be written: %s", error)
             patience = time.monotonic() + SECONDS_FOR_OTHERS
             while len(self.written()) < self.world_size and time.monotonic() < patience:
                 time.sleep(0.1)

@@ -36,6 +36,7 @@ def ending(end: str | None = None, scheduler: str = "", progressed: bool = False
         (ending(None, "requeued"), "wait", "requeued", 0, "requeued by Slurm or an administrator"),
         (ending(None), "again", "crash", 0, "crash 1 of at most 2 without progress"),
         (ending(None, culprit="n2"), "again", "crash", 0, "crash 1 of at most 2 without progress on node n2"),
+        (ending(None, hung="rank 1"), "again", "hang", 0, "hang 1 of at most 2 without progress (rank 1)"),
     ],
 )  # fmt: skip
 def test_each_ending_has_its_consequence(found: Ending, action: str, reason: str, status: int, text: str) -> None:
