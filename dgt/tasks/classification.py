@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from data_pipeline.config import DataConfig
 from dgt.models import DGT, ModelConfig, build_model
 from dgt.tasks.counts import MAX_CONFUSION_CLASSES, Counts
+from dgt.tasks.distillation import DistillationConfig, Teacher
 from dgt.tasks.task import Inputs
 
 
@@ -22,16 +23,30 @@ class ClassificationConfig:
 
     name: Literal["classification"] = "classification"
     """The task."""
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    """"cross_entropy" of the softmax, or "bce": binary cross-entropy of each class on its own ("ResNet strikes back",
+    arXiv 2110.00476, DeiT III, 2204.07118)."""
     label_smoothing: float = 0.1
     """Share of the target that is spread evenly over all classes (training only)."""
+    bce_threshold: float | None = None
+    """Under "bce", targets above it count as 1 and the others as 0: with 0.2 both halves of most mixed images are full
+    targets; null = targets as they are mixed and smoothed."""
+    bce_sum: bool = False
+    """Under "bce", sum the classes' losses instead of taking their mean (to be clipped and tuned accordingly)."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """A teacher, whose answers are learned beside the labels."""
 
     def __post_init__(self) -> None:
+        if self.loss != "bce" and (self.bce_threshold is not None or self.bce_sum):
+            raise ValueError("bce_threshold, bce_sum: are for loss: bce")
+        if self.bce_threshold is not None and not 0 <= self.bce_threshold < 1:
+            raise ValueError(f"bce_threshold: must lie in [0, 1), got {self.bce_threshold}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing: must lie in [0, 1), got {self.label_smoothing}")
 
 
 class Classification:
-    """Cross-entropy training; accuracy, loss and calibration error in evaluation."""
+    """Training on labels and on a teacher, if there is one; accuracy, loss and calibration error in evaluation."""
 
     best_metric = "top1"
 
@@ -39,6 +54,7 @@ class Classification:
         self.config = config
         self.model_config = model
         self.num_classes = data.num_classes
+        self.teacher = Teacher(config.distillation, data) if config.distillation.teacher else None
         self.counts = Counts(data.num_classes, confusion=data.num_classes <= MAX_CONFUSION_CLASSES)
 
     def build_model(self) -> nn.Module:
@@ -61,18 +77,41 @@ class Classification:
         return network.macs(image_size, image_size) if isinstance(network, DGT) else None
 
     def loss(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """Sum over samples of the smoothed cross-entropy; a mixed sample's target is the mixture of both labels.
+        """Sum over samples of the loss against the smoothed target, mixed of both labels where the image is mixed.
 
-        Cross-entropy is linear in the target, so the mixture of targets is the mixture of losses.
+        With a teacher, its share of every sample's loss is against the teacher's answer to the same image.
         """
         keys = {"sample_keys": inputs.sample_keys} if self.keyed else {}
         logits = model(inputs.images, **keys).float()
+        losses = (
+            self.binary_losses(logits, inputs) if self.config.loss == "bce" else self.softmax_losses(logits, inputs)
+        )
+        if self.teacher:
+            weight = self.config.distillation.weight
+            losses = (1 - weight) * losses + weight * self.teacher.losses(logits, inputs.images)
+        return losses.sum()
+
+    def softmax_losses(self, logits: Tensor, inputs: Inputs) -> Tensor:
+        """(n,): cross-entropy is linear in the target, so the mixture of targets is the mixture of losses."""
         smoothing = self.config.label_smoothing
         own = F.cross_entropy(logits, inputs.labels, reduction="none", label_smoothing=smoothing)
         if inputs.share is None or inputs.partner_labels is None:
-            return own.sum()
+            return own
         partner = F.cross_entropy(logits, inputs.partner_labels, reduction="none", label_smoothing=smoothing)
-        return (inputs.share * own + (1 - inputs.share) * partner).sum()
+        return inputs.share * own + (1 - inputs.share) * partner
+
+    def binary_losses(self, logits: Tensor, inputs: Inputs) -> Tensor:
+        """(n,): a threshold is no linear function, so targets are mixed and smoothed before it."""
+        target = F.one_hot(inputs.labels, self.num_classes).to(logits.dtype)
+        if inputs.share is not None and inputs.partner_labels is not None:
+            share = inputs.share[:, None]
+            target = share * target + (1 - share) * F.one_hot(inputs.partner_labels, self.num_classes)
+        smoothing = self.config.label_smoothing
+        target = (1 - smoothing) * target + smoothing / self.num_classes
+        if self.config.bce_threshold is not None:
+            target = (target > self.config.bce_threshold).to(logits.dtype)
+        losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        return losses.sum(dim=1) if self.config.bce_sum else losses.mean(dim=1)
 
     def totals(self, model: nn.Module, images: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         """What dgt/tasks/counts.py counts: samples, guesses, losses, confidences and classes, (m,) float64."""

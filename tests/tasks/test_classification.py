@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.data.mixup import mixup_target
+from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,3 +66,27 @@ def test_a_network_whose_drop_path_cannot_be_repeated_is_refused() -> None:
     swin = ModelConfig(name="swin_tiny_patch4_window7_224", drop_path_rate=0.1)
     with pytest.raises(ValueError, match="draws its drop-path masks from a global generator"):
         Classification(ClassificationConfig(), swin, DataConfig(num_classes=8)).build_model()
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.parametrize("summed", [False, True])
+def test_binary_cross_entropy_is_timms_with_the_target_mixed_and_smoothed(
+    threshold: float | None, summed: bool
+) -> None:
+    config = ClassificationConfig(loss="bce", label_smoothing=0.1, bce_threshold=threshold, bce_sum=summed)
+    binary = Classification(config, ModelConfig(name="dgt_nano"), DataConfig(num_classes=8))
+    binary.build_model()
+    labels, share = torch.tensor([3, 5]), torch.tensor([0.7, 0.7])
+    logits, images, keys = torch.randn(2, 8), torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64)
+    reference = BinaryCrossEntropy(smoothing=0.1, target_threshold=threshold, sum_classes=summed)
+    plain = binary.loss(Fixed(logits), Inputs(images, labels, keys))
+    torch.testing.assert_close(plain / 2, reference(logits, labels))
+    # timm mixes with the reversed batch, which for two samples is the neighbour.
+    target = mixup_target(labels, 8, share[:, None], 0.1)
+    mixed = binary.loss(Fixed(logits), Inputs(images, labels, keys, labels.flip(0), share))
+    torch.testing.assert_close(mixed / 2, reference(logits, target))
+
+
+def test_options_of_binary_cross_entropy_are_refused_without_it() -> None:
+    with pytest.raises(ValueError, match="are for loss: bce"):
+        ClassificationConfig(bce_threshold=0.2)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dgt.models import DGTBlock
-from dgt.training.optim import OptimizerConfig, make_state
+from dgt.training.optim import NEEDS_WHOLE_TENSORS, OptimizerConfig, make_state
 from dgt.training.parallel.config import DeepSpeedConfig, EngineConfig
 from dgt.training.parallel.engine import Accept, Engine, StepResult
 from dgt.training.parallel.precision import HALF
@@ -37,6 +37,10 @@ class DeepSpeedEngine(Engine):
     """`deepspeed.initialize` around the network, with our optimizer over its flat partitions."""
 
     def __init__(self, network: nn.Module, world: World, config: EngineConfig, optimizer: OptimizerConfig):
+        if optimizer.name in NEEDS_WHOLE_TENSORS:
+            raise ValueError(
+                f"optimizer.name: {optimizer.name} needs whole tensors, which ZeRO cuts; set engine.name to fsdp"
+            )
         deepspeed = imported()
         network.to(world.device)
         super().__init__(network, world, config, optimizer)

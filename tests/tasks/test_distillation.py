@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dgt.models  # noqa: F401  (registers the networks with timm)
+from data_pipeline.config import DataConfig
+from dgt.models import ModelConfig
+from dgt.tasks import Classification, ClassificationConfig, Inputs
+from dgt.tasks.distillation import DistillationConfig
+
+DATA = DataConfig(num_classes=5, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, str]:
+    """A small network that wants another normalisation than the data's, with weights in a file."""
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t", num_classes=5)
+    nn.init.normal_(network.fc.weight)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_file({name: t.contiguous() for name, t in network.state_dict().items()}, path)
+    return network.eval(), str(path)
+
+
+def student(path: str, **options: Any) -> Classification:
+    distillation = DistillationConfig(teacher="resnet10t", checkpoint_path=path, precision="fp32", **options)
+    task = Classification(ClassificationConfig(distillation=distillation), ModelConfig(name="dgt_nano"), DATA)
+    task.build_model()
+    return task
+
+
+class Fixed(nn.Module):
+    def __init__(self, logits: Tensor):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+        return self.logits
+
+
+def answers(network: nn.Module, pixels: Tensor) -> Tensor:
+    mean, std = (torch.tensor(network.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))  # type: ignore[index]
+    with torch.no_grad():
+        return network((pixels - mean) / std)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_the_loss_is_the_weighted_sum_of_labels_and_teacher(teacher: tuple[nn.Module, str], kind: Any) -> None:
+    network, path = teacher
+    torch.manual_seed(1)
+    pixels, logits, labels = torch.rand(4, 3, 64, 64), torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    images = (pixels - torch.tensor(DATA.mean).view(1, 3, 1, 1)) / torch.tensor(DATA.std).view(1, 3, 1, 1)
+    model = Fixed(logits)
+    loss = student(path, kind=kind, weight=0.3, temperature=2.0).loss(
+        model, Inputs(images, labels, torch.zeros(4, dtype=torch.int64))
+    )
+    by_label = F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="sum")
+    expected = answers(network, pixels)
+    if kind == "hard":
+        by_teacher = F.cross_entropy(logits, expected.argmax(1), reduction="sum")
+    else:
+        p, q = (expected / 2).softmax(1), (logits / 2).softmax(1)
+        by_teacher = 4 * (p * (p / q).log()).sum()
+    torch.testing.assert_close(loss, 0.7 * by_label + 0.3 * by_teacher, rtol=1e-4, atol=1e-4)
+    loss.backward()
+    assert model.logits.grad is not None
+
+
+def test_the_teacher_stays_outside_of_the_network_and_learns_nothing(teacher: tuple[nn.Module, str]) -> None:
+    task = student(teacher[1])
+    network = task.build_model()
+    inputs = Inputs(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), torch.zeros(2, dtype=torch.int64))
+    task.loss(network, inputs).backward()
+    assert task.teacher
+    loaded = task.teacher.on(torch.device("cpu"))
+    assert not loaded.training
+    assert all(p.grad is None and not p.requires_grad for p in loaded.parameters())
+    assert all(torch.equal(t, teacher[0].state_dict()[name]) for name, t in loaded.state_dict().items())
+    assert all(p.grad is not None for p in network.parameters())
+    assert not {id(p) for p in loaded.parameters()} & {id(p) for p in network.parameters()}
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="checkpoint_path: must name the teacher's weights"):
+        DistillationConfig(teacher="resnet10t")
+    missing = student(str(tmp_path / "none.safetensors"))
+    assert missing.teacher
+    with pytest.raises(ValueError, match=r"task.distillation: resnet10t from .*none.safetensors"):
+        missing.teacher.logits(torch.zeros(1, 3, 32, 32))
