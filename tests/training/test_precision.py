@@ -145,6 +145,29 @@ def test_an_overflow_at_the_smallest_scale_is_a_bad_step() -> None:
     assert run_ranks(1, at_the_minimum)[0].value == [(False, False, 2.0**30)]
 
 
+def a_gradient_that_no_scale_saves() -> list[tuple[bool, bool, float]]:
+    """A finite loss whose gradient is not, tried again as long as the scale is lowered; the state before and after."""
+    with joined() as world:
+        engine = engine_of(world, "ddp", "fp16", LossScaleConfig(initial=8.0, growth_interval=9))
+        steps(engine, 2, cut=0, first=0)
+        states = [{name: piece.clone().local for name, piece in engine.state().items()}]
+
+        def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+            return (model(x) * 0.0).abs().sum().sqrt()
+
+        results: list[StepResult] = []
+        while not results or results[-1].rescaled:
+            accept = lambda loss, norm: norm < float("inf")  # noqa: E731
+            results.append(engine.train_step([torch.ones(2, 5)], loss_of, 1e-3, accept))
+        states.append({name: piece.local for name, piece in engine.state().items()})
+        changed = [name for name, was in states[0].items() if not torch.equal(was, states[1][name])]
+        return [[r.rescaled for r in results], changed, float(states[1]["precision.scale"])]  # type: ignore[list-item]
+
+
+def test_a_bad_step_leaves_the_loss_scale_as_it_was_before_lower_ones_were_tried() -> None:
+    assert run_ranks(1, a_gradient_that_no_scale_saves)[0].value == [[True, True, True, False], [], 8.0]
+
+
 def reduced_dtypes(labels: tuple[str, ...]) -> dict[str, set[torch.dtype]]:
     """Dtypes of what a step's gradients are added up in over ranks."""
     found: dict[str, set[torch.dtype]] = {}

@@ -43,7 +43,7 @@ class StepResult:
     taken: bool
     """Weights and moments were updated; else nothing was changed."""
     rescaled: bool = False
-    """Not taken because the loss scale was too large for float16, and has been lowered: no fault of the data."""
+    """Not taken because the loss scale was too large for float16, and has been lowered: to be tried again."""
 
 
 class Engine:
@@ -121,8 +121,8 @@ class Engine:
         if scale and math.isfinite(loss) and not math.isfinite(grad_norm) and scale.lower():
             return False, True
         taken = accept(loss, grad_norm)
-        if scale and taken:
-            scale.note_good()
+        if scale:
+            scale.note_good() if taken else scale.note_bad()
         return taken, False
 
     def clipped_norm(self) -> Tensor:

@@ -46,6 +46,7 @@ class LossScale:
         self.config = config
         self._scale = torch.tensor(config.initial, dtype=torch.float64)
         self._good_steps = torch.tensor(0, dtype=torch.int64)
+        self._before: tuple[float, int] | None = None
 
     @property
     def value(self) -> float:
@@ -54,6 +55,7 @@ class LossScale:
 
     def lower(self) -> bool:
         """Follows up on an overflow; False where the scale is as low as it may get."""
+        self._before = self._before or (self.value, int(self._good_steps))
         self._good_steps.zero_()
         if self.value <= self.config.minimum:
             return False
@@ -62,10 +64,18 @@ class LossScale:
 
     def note_good(self) -> None:
         """A step was taken."""
+        self._before = None
         self._good_steps.add_(1)
         if self._good_steps >= self.config.growth_interval:
             self._scale.mul_(2)
             self._good_steps.zero_()
+
+    def note_bad(self) -> None:
+        """A step was bad whatever the scale: what was tried for it is undone."""
+        if self._before:
+            self._scale.fill_(self._before[0])
+            self._good_steps.fill_(self._before[1])
+            self._before = None
 
     def pieces(self, rank: int, world_size: int) -> Pieces:
         """Its state; shares memory with it."""
