@@ -19,6 +19,8 @@ _left: list[Any] = []
 """Groups of worlds that were left, kept until the process ends."""
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+FLIGHT_RECORDS = "2000"
+"""How many of NCCL's last collectives are remembered, for the case that one hangs (dgt/training/watchdog.py)."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def joined() -> Iterator[World]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", FLIGHT_RECORDS)
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDS)  # its name in later versions
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
