@@ -46,6 +46,15 @@ class Attempt:
         """Whether any rank has ended otherwise than by returning."""
         return any(process.exitcode not in (None, 0) for process in self.processes)
 
+    def waited(self) -> float:
+        """Seconds for which threads of the ranks could have run and were not let, all together."""
+        files = [path for p in self.processes for path in Path(f"/proc/{p.pid}/task").glob("*/schedstat")]
+        waits = []
+        for path in files:
+            with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+                waits.append(int(path.read_text().split()[1]))
+        return sum(waits) / 1e9
+
     def kill(self) -> None:
         """Ends whoever is left, stopped ones included."""
         for process in self.processes:

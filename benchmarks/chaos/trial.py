@@ -17,7 +17,8 @@ from dgt.config import Config
 from dgt.training import checkpoint
 
 PATIENCE = 90.0
-"""Seconds after which an attempt that goes on without end counts as lost."""
+"""Seconds after which an attempt that goes on without end counts as lost; those in which other programs had the
+processor do not count."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class Trial:
                 end = now + rng.choice((0.0, rng.uniform(0, 0.5), 5.0))
             if end is not None and now >= end:
                 return
-            if now > PATIENCE:
-                self.trouble = f"round {len(self.rounds)}: no end after {PATIENCE:.0f} s"
+            if now > PATIENCE and now - attempt.waited() > PATIENCE:
+                self.trouble = f"round {len(self.rounds)}: no end after {now:.0f} s"
                 return
             time.sleep(0.005)
 
