@@ -22,6 +22,7 @@ from data_pipeline.loader import build_loader
 from data_pipeline.transforms import normalize
 from dgt.config import Config, load
 from dgt.models import build_model
+from dgt.training.trainer import train
 from launch import evaluate, export
 
 SAMPLES = 19  # divides by neither 2 nor 3 ranks, nor by batches of 4
@@ -172,6 +173,30 @@ def test_tables_are_those_of_a_plain_computation_and_the_same_for_any_number_of_
         if inside.any():
             assert row["accuracy"] == pytest.approx(100 * (guesses == labels)[inside].mean())
             assert row["confidence"] == pytest.approx(100 * confidence[inside].mean(), rel=4e-6)
+
+
+def test_a_run_its_checkpoints_and_its_configuration_lead_to_the_metrics_that_training_ended_with(
+    weights: Path, tmp_path: Path
+) -> None:
+    file = weights.with_suffix(".yaml")
+    overrides = [f"output_dir={tmp_path}", "name=short", "steps.max_steps=1", "monitor.tensorboard=false"]
+    train(load(file, overrides))
+    run = tmp_path / "short"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (logged,) = [row for row in rows if "val/top1" in row]
+    expected = {name: logged[f"val/{name}"] for name in ("top1", "top5", "loss", "ece", "samples")}
+    step = run / "checkpoints" / "step_00000001"
+    for arguments in (
+        ("--run", run),
+        ("--checkpoint", run),
+        ("--checkpoint", step),
+        ("--run", run, "--checkpoint", "newest"),
+        ("--config", file, *overrides),
+    ):
+        found = program(*arguments)
+        assert (found["checkpoint"], found["step"], found["weights"]) == (str(step), 1, "ema")
+        assert {name: found[name] for name in expected} == expected
+    assert program("--run", run, "--weights", "raw")["loss"] != expected["loss"]
 
 
 def test_the_screen_shows_the_metrics_and_the_worst_classes_first(
