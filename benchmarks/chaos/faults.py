@@ -120,7 +120,7 @@ def full_disk(rng: random.Random, scene: Scene) -> Fault:
     def fill(attempt: Attempt) -> bool:
         free = os.statvfs(filler.parent)
         size = free.f_bavail * free.f_frsize - left
-        if size <= 0 or not attempt.running():
+        if size <= 0 or not attempt.running() or not filler.parent.is_mount():  # never fill the machine's own disk
             return False
         with filler.open("wb") as file, contextlib.suppress(OSError):  # a save may have taken the space meanwhile
             os.posix_fallocate(file.fileno(), 0, size)
