@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ from dgt.training.mixing import MixingConfig, draw_pairs, mix
 from dgt.training.optim import OptimizerConfig
 from dgt.training.parallel import Engine, EngineConfig, build_engine
 from dgt.training.parallel.config import DeepSpeedConfig, FsdpConfig
+from dgt.training.pieces import Piece
 from dgt.training.world import World
 
 BATCH = 24
@@ -43,6 +45,17 @@ def config_of(label: str, **options: Any) -> EngineConfig:
 def always(loss: float, norm: float) -> bool:
     """Every step is good."""
     return True
+
+
+def assembled(pieces: Mapping[str, Piece], world: World) -> dict[str, Tensor]:
+    """The whole tensors, from the pieces of all ranks."""
+    result = {}
+    for name, piece in pieces.items():
+        tensor = torch.full((math.prod(piece.shape),), torch.nan, dtype=piece.local.dtype)
+        for start, elements in world.gather((piece.start, piece.local.reshape(-1))):
+            tensor[start : start + elements.numel()] = elements
+        result[name] = tensor.view(piece.shape)
+    return result
 
 
 class Recipe:

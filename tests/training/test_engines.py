@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
-from recipes import BATCH, always, config_of
+from recipes import BATCH, always, assembled, config_of
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -21,8 +20,8 @@ from dgt.training.ema import Ema, EmaConfig, decay_at
 from dgt.training.mixing import MixingConfig, draw_pairs, mix
 from dgt.training.optim import OptimizerConfig
 from dgt.training.parallel import build_engine
-from dgt.training.pieces import Piece, piece_of
-from dgt.training.world import World, joined
+from dgt.training.pieces import piece_of
+from dgt.training.world import joined
 
 
 def if_finite(loss: float, norm: float) -> bool:
@@ -31,17 +30,6 @@ def if_finite(loss: float, norm: float) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def assembled(pieces: Mapping[str, Piece], world: World) -> dict[str, Tensor]:
-    """The whole tensors, from the pieces of all ranks."""
-    result = {}
-    for name, piece in pieces.items():
-        tensor = torch.full((math.prod(piece.shape),), torch.nan, dtype=piece.local.dtype)
-        for start, elements in world.gather((piece.start, piece.local.reshape(-1))):
-            tensor[start : start + elements.numel()] = elements
-        result[name] = tensor.view(piece.shape)
-    return result
 
 
 def one_step(

@@ -93,16 +93,13 @@ class DeepSpeedEngine(Engine):
         self.partitions.publish()
 
     def weights(self) -> Pieces:
-        """The master weights in the flat partitions; frozen weights have none, and are whole on every rank."""
-        whole = {
-            name: Piece(p.detach(), self.shapes[name], 0, self.world.rank, self.world.size)
-            for name, p in self.frozen.items()
-        }
+        """The master weights in the flat partitions; frozen weights have none, and are what the network holds."""
+        frozen = {name: self.partitions.frozen(name, p) for name, p in self.frozen.items()}
         mastered = {
             name: Piece(flat.detach()[begin:end], self.shapes[name], start)
             for name, flat, begin, end, start in self.partitions.places()
         }
-        return {name: (whole | mastered)[name] for name in self.shapes}
+        return {name: (frozen | mastered)[name] for name in self.shapes}
 
     def moments(self) -> Pieces:
         """The optimizer's state, cut as the weights are; what a partition has once goes by every parameter's name."""
@@ -174,6 +171,11 @@ class Partitions:
                 inside, own = mapping.hp_fragment_address, mapping.lp_fragment_address
                 yield name, flat, inside.start, inside.start + inside.numel, own.start
 
+    def frozen(self, name: str, parameter: nn.Parameter) -> Piece:
+        """This rank's piece of a parameter that is not trained: all of it."""
+        world = self.engine.world
+        return Piece(parameter.detach(), self.engine.shapes[name], 0, world.rank, world.size)
+
     def make_state(self) -> None:
         """Makes the optimizer's state for the flat tensors, as DeepSpeed's first step would."""
         gradients = [flat.grad for flat in self.flat]
@@ -209,9 +211,18 @@ class Partitions3(Partitions):
             if name in self.engine.frozen:
                 continue
             group, begin, share = self.zero.grad_position[self.zero.get_param_id(parameter)]
-            total = math.prod(self.engine.shapes[name])
-            start = min(self.engine.world.rank * share, total)  # the last ranks' shares may be padding
-            yield name, self.flat[group], begin, begin + min(share, total - start), start
+            start, stop = self.range(name, share)
+            yield name, self.flat[group], begin, begin + stop - start, start
+
+    def range(self, name: str, share: int) -> tuple[int, int]:
+        """The elements of a parameter that are this rank's, of the `share` per rank; the last ones may be padding."""
+        first, total = self.engine.world.rank * share, math.prod(self.engine.shapes[name])
+        return min(first, total), min(first + share, total)
+
+    def frozen(self, name: str, parameter: nn.Parameter) -> Piece:
+        part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        start, stop = self.range(name, part.numel())
+        return Piece(part.detach()[: stop - start], self.engine.shapes[name], start)
 
     def make_state(self) -> None:
         self.zero._set_fp32_optimizer_param_groups()

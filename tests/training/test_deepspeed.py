@@ -1,0 +1,210 @@
+"""ZeRO through DeepSpeed: its configuration is ours, its state goes to and from every other engine bit for bit."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from recipes import Recipe, always, assembled, config_of, losses
+from torch import Tensor, nn
+
+from dgt.training import checkpoint
+from dgt.training.ema import Ema, EmaConfig
+from dgt.training.optim import OptimizerConfig
+from dgt.training.parallel import Engine, EngineConfig, build_engine
+from dgt.training.parallel.config import DeepSpeedConfig
+from dgt.training.parallel.deepspeed import imported, settings_of
+from dgt.training.world import World, joined
+
+ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+
+
+class Odd(nn.Module):
+    """Sizes that divide by no number of ranks, a frozen layer, a buffer, and one parameter that ZeRO 3 keeps whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3, padding=1)
+        self.frozen = nn.Linear(5, 7).requires_grad_(False)
+        self.scale = nn.Parameter(torch.tensor([1.5]))
+        self.head = nn.Linear(7, 3)
+        self.register_buffer("shift", torch.arange(7.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).mean((2, 3))
+        return self.head(self.frozen(x).relu() * self.scale + self.shift)
+
+
+def engine_of(label: str, world: World, **options: Any) -> Engine:
+    torch.manual_seed(0)
+    network = Odd()
+    with torch.no_grad():
+        network.conv.bias.zero_().neg_()  # -0.0, whose sign a sum over ranks would lose
+    return build_engine(network, world, config_of(label, **options), OptimizerConfig(lr=0.1, weight_decay=0.1))
+
+
+def step(engine: Engine, lr: float = 0.1) -> float:
+    """One step on six samples, whatever the number of ranks; the loss."""
+    data = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    own = data.chunk(engine.world.size)[engine.world.rank]
+
+    def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().sum() / 6
+
+    return engine.train_step([own[:1], own[1:]] if len(own) > 1 else [own], loss_of, lr, always).loss
+
+
+def output(engine: Engine) -> Tensor:
+    with torch.no_grad():
+        engine.network.eval()
+        return engine.network(torch.ones(2, 3, 4, 4)).clone()
+
+
+def pieces_of(engine: Engine, ema: Ema) -> Any:
+    return engine.state() | {f"ema.{name}": piece for name, piece in ema.averages.items()}
+
+
+def save_all(folder: Path) -> dict[str, Any]:
+    """Under each engine two steps and a save; the whole tensors, and what the network computes."""
+    found = {}
+    with joined() as world:
+        for number, label in enumerate(ENGINES, start=1):
+            engine = engine_of(label, world)
+            ema = Ema(engine.weights(), EmaConfig(decay=0.5))
+            for i in range(2):
+                step(engine, lr=0.05 * number)  # so that each has weights of its own
+                ema.update(i)
+            pieces = pieces_of(engine, ema)
+            assert checkpoint.save(folder / label, 2, pieces, {"progress": {}, "config": {}}, world) is None
+            found[label] = (assembled(pieces, world), output(engine))
+    return found
+
+
+def load_all(folder: Path, saved: dict[str, Any]) -> dict[str, list[float]]:
+    """Loads every engine's checkpoint under every engine and checks the bits; by source, each one's next loss."""
+    found = {}
+    with joined() as world:
+        for label in ENGINES:
+            engine = engine_of(label, world)
+            ema = Ema(engine.weights(), EmaConfig(decay=0.5))
+            for source in ENGINES:
+                tensors, computed = saved[source]
+                pieces = pieces_of(engine, ema)
+                read = checkpoint.verify(next((folder / source).glob("step_*")))
+                checkpoint.read_pieces(read, pieces, world)
+                engine.adopt(pieces)
+                now = assembled(pieces_of(engine, ema), world)
+                assert now.keys() == tensors.keys(), (label, source)
+                for name, tensor in tensors.items():
+                    same = tensor.flatten().view(torch.uint8).equal(now[name].flatten().view(torch.uint8))
+                    assert same, (label, source, name)
+                # Under ddp convolutions are channels-last, and round otherwise.
+                torch.testing.assert_close(output(engine), computed, rtol=1e-5, atol=1e-6)
+                with engine.averaged_weights(ema):
+                    assert (output(engine) - computed).abs().max() > 1e-3
+                again = assembled(pieces_of(engine, ema), world)
+                assert all(torch.equal(again[name], now[name]) for name in now), "the weights must be back"
+                found.setdefault(source, []).append(step(engine))
+    return found
+
+
+@pytest.mark.deepspeed
+def test_state_of_any_engine_loads_into_any_other_at_any_number_of_ranks(tmp_path: Path) -> None:
+    saved = run_ranks(2, save_all, tmp_path)[0].value
+    names = saved["ddp"][0].keys()
+    assert {"model.shift", "model.frozen.bias", "optimizer.scale.exp_avg", "optimizer.conv.bias.step"} < names
+    assert "optimizer.frozen.weight.exp_avg" not in names
+    for ranks in (1, 2, 3):
+        for result in run_ranks(ranks, load_all, tmp_path, saved):
+            for source, following in result.value.items():
+                # Sums over six samples, in another order.
+                assert following == pytest.approx([following[0]] * len(ENGINES), rel=1e-5), source
+
+
+def selective() -> Tensor:
+    with joined() as world:
+        torch.set_num_threads(1)
+        return losses(Recipe(world, config_of("zero3", activation_checkpointing="selective")).run(3))
+
+
+def without() -> Tensor:
+    with joined() as world:
+        torch.set_num_threads(1)
+        return losses(Recipe(world, config_of("ddp")).run(3))
+
+
+@pytest.mark.deepspeed
+def test_selective_checkpointing_changes_nothing_under_zero_3() -> None:
+    # The third loss follows from gradients of biases that are no longer 0.
+    torch.testing.assert_close(run_ranks(1, selective)[0].value, run_ranks(1, without)[0].value, rtol=1e-6, atol=0)
+
+
+def with_offload() -> dict[str, Any]:
+    with joined() as world:
+        found = {}
+        for stage in (1, 2, 3):
+            config = EngineConfig(
+                name="deepspeed", precision="fp32", deepspeed=DeepSpeedConfig(stage=stage, offload="cpu")
+            )  # fmt: skip
+            torch.manual_seed(0)
+            engine = build_engine(Odd(), world, config, OptimizerConfig(lr=0.1))
+            found[stage] = [step(engine) for _ in range(3)]
+        torch.manual_seed(0)
+        engine = build_engine(Odd(), world, config_of("ddp"), OptimizerConfig(lr=0.1))
+        return found | {"ddp": [step(engine) for _ in range(3)]}
+
+
+@pytest.mark.deepspeed
+def test_offload_to_host_memory_trains_alike() -> None:
+    for result in run_ranks(2, with_offload):
+        expected = result.value.pop("ddp")
+        for stage, found in result.value.items():
+            assert found == pytest.approx(expected, rel=1e-5), stage
+
+
+@pytest.mark.parametrize("label", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["lamb", "muon"])
+def test_optimizers_that_need_whole_tensors_are_refused(label: str, name: Any) -> None:
+    with joined() as world, pytest.raises(ValueError, match=f"optimizer.name: {name} needs whole tensors"):
+        build_engine(Odd(), world, config_of(label), OptimizerConfig(name=name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"train_batch_size": 8}, "train_batch_size is decided"),
+        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage is decided"),
+        ({"fp16": {"enabled": True}, "gradient_clipping": 1.0}, "fp16, gradient_clipping are decided"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device is decided"),
+    ],
+)
+def test_settings_that_contradict_the_configuration_are_refused(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        DeepSpeedConfig(settings=settings)
+
+
+def test_other_settings_of_deepspeed_are_laid_over_ours() -> None:
+    own = DeepSpeedConfig(stage=3, settings={"zero_optimization": {"reduce_bucket_size": 7}, "dump_state": True})
+    made = settings_of(own, clip=2.0, elements=101)
+    assert made["dump_state"]
+    assert made["gradient_clipping"] == 2.0
+    assert made["zero_optimization"]["reduce_bucket_size"] == 7
+    assert made["zero_optimization"]["stage"] == 3
+    assert made["zero_optimization"]["allgather_bucket_size"] % 2 == 0
+
+
+def test_a_missing_package_is_one_sentence_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without_it(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "deepspeed":
+            raise ModuleNotFoundError("No module named 'deepspeed'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_it)
+    with pytest.raises(RuntimeError, match=r"install the extra dgt\[deepspeed\], or choose another engine"):
+        imported()
