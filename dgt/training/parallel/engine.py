@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dgt.training.ema import Ema
+from dgt.training.garbage import collect_after
 from dgt.training.optim import (
     OptimizerConfig,
     adopt_numbers,
@@ -57,6 +58,7 @@ class Engine:
         self.world = world
         self.config = config
         self.clip = optimizer.clip_grad_norm
+        self.attempts = 0
         self.loss_scale = LossScale(config.loss_scale) if config.precision == "fp16" else None
         self.optimizer = build_optimizer(network, optimizer)
         make_state(self.optimizer)
@@ -100,6 +102,8 @@ class Engine:
             total += loss.detach()
         if self.world.size > 1:
             dist.all_reduce(total)
+        self.attempts += 1
+        collect_after(self.attempts, self.config.collect_garbage_every)
         return self.update(float(total), accept)
 
     def backward(self, loss: Tensor) -> None:
