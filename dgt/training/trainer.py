@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
-from collections import Counter
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -14,20 +12,18 @@ from torch import Tensor, nn
 
 from data_pipeline.loader import Batch, Loader, build_loader
 from dgt.tasks import Task, build_task
-from dgt.training import pictures, run_folder
+from dgt.training import run_folder
 from dgt.training.evaluate import evaluate
+from dgt.training.garbage import collected_by_hand
 from dgt.training.guard import Guard
 from dgt.training.inputs import StepInputs, timed
 from dgt.training.interrupt import Interruption
 from dgt.training.keeper import Keeper
-from dgt.training.monitor import Monitor, Resumed, Size
 from dgt.training.parallel import Engine, build_engine
+from dgt.training.reports import Reports
 from dgt.training.run_folder import RunFolder
-from dgt.training.sample_log import SampleLog
-from dgt.training.saver import Saved
 from dgt.training.schedule import learning_rate
 from dgt.training.state import DivergedError, Outcome, Progress
-from dgt.training.stragglers import Stopwatch, Stragglers
 from dgt.training.watchdog import Watchdog
 from dgt.training.world import World, joined, set_deterministic, set_threads
 
@@ -49,6 +45,7 @@ def train(config: Config, interruption: Interruption | None = None) -> Outcome:
         watchdog = stack.enter_context(Watchdog.of_run(config, world, interruption.announce_hang))
         set_threads(config.engine.threads)
         set_deterministic(config.engine.deterministic)
+        stack.enter_context(collected_by_hand(config.engine.collect_garbage_every))
         folder = RunFolder(config.run_dir)
         world.on_main(lambda: run_folder.claim(folder, run_folder.plain(config)))
         task = build_task(config.task, config.model, config.data)
@@ -93,12 +90,10 @@ class Trainer:
         self.config, self.world, self.task, self.engine = config, world, task, engine
         self.training_data, self.validation_data = training_data, validation_data
         self.interruption, self.watchdog = interruption, watchdog
-        self.folder = RunFolder(config.run_dir)
         self.progress = Progress()
         self.keeper = Keeper(config, world, engine, self.progress, interruption.check_current)
-        self.guard = Guard(config.guard, world, self.progress, self.folder.bad_steps)
-        self.stopwatch = Stopwatch(world.device)
-        self.stragglers = Stragglers(config.guard.straggler_factor, config.guard.straggler_reports)
+        self.guard = Guard(config.guard, world, self.progress, RunFolder(config.run_dir).bad_steps)
+        self.reports = Reports(config, world, self.progress, training_data, interruption)
         self.metrics: dict[str, float] | None = None
         self.steps_per_epoch = len(training_data)
         self.scheduled_steps = config.steps.epochs * self.steps_per_epoch
@@ -128,11 +123,11 @@ class Trainer:
                     if leaving:
                         break
             self.keeper.save_the_end()
-            self.monitor.conclude(self.outcome(), run_folder.plain(self.config))
+            self.reports.conclude(self.outcome())
             return self.outcome()
         finally:
             self.keeper.close()
-            self.monitor.close()
+            self.reports.monitor.close()
 
     def step(self, batch: Batch, waited: float) -> bool:
         """One optimizer step on this rank's share of a global batch; `waited`: seconds it took to come.
@@ -141,9 +136,7 @@ class Trainer:
         """
         started, steps, progress = time.perf_counter(), self.config.steps, self.progress
         self.watchdog.beat(f"in step {progress.step + 1}")
-        self.monitor.begin(progress.step + 1)
-        if self.world.is_main and self.monitor.reports(progress.step + 1):
-            self.interruption.check_current()  # what is written to the run must be its own attempt's
+        self.reports.begin()
         lr = learning_rate(
             progress.step,
             peak=self.config.optimizer.lr,
@@ -157,24 +150,23 @@ class Trainer:
 
         def loss_of(model: nn.Module, part: slice) -> Tensor:
             loss = self.task.loss(model, prepare(batch, part)) / steps.global_batch_size
-            self.stopwatch.lap()
+            self.reports.stopwatch.lap()
             losses.append(loss.detach())
             return loss
 
         def accept(loss: float, norm: float) -> bool:
             accepted = self.guard.accepts(loss, norm)
             if accepted:
-                self.monitor.distributions(progress.step + 1, self.engine.network)
+                self.reports.monitor.distributions(progress.step + 1, self.engine.network)
             return accepted
 
-        self.stopwatch.begin()
         result = self.engine.train_step(parts, loss_of, lr, accept)
         while result.rescaled:  # the same batch again, with the loss scale that has been lowered
             losses.clear()
             result = self.engine.train_step(parts, loss_of, lr, accept)
-        self.stopwatch.end(waited)
+        self.reports.stopwatch.end(waited)
         progress.data = self.training_data.state_dict()
-        self.samples.step(progress.step + 1, progress.data, batch.ids.tolist(), used=result.taken)
+        self.reports.served(batch, used=result.taken)
         if not result.taken:
             self.guard.note_bad(result.loss, result.grad_norm, [batch.ids[part].tolist() for part in parts], losses)
             return False
@@ -182,31 +174,10 @@ class Trainer:
             self.keeper.ema.update(progress.step)
         self.guard.note_good(result.loss)
         progress.step += 1
-        scalars = {"train/loss": result.loss, "train/lr": lr, "train/grad_norm": result.grad_norm}
-        if self.monitor.reports(progress.step):
-            scalars |= self.shared_scalars(batch)
+        self.reports.taken(batch, prepare, result, lr, (time.perf_counter() - started + waited, waited))
+        if self.reports.monitor.reports(progress.step):
             self.keeper.conclude_if_done()
-        if self.monitor.shows_images(progress.step):
-            data, names = self.config.data, self.training_data.source.class_names
-            drawn = pictures.samples(prepare(batch, slice(0, 16)), data.mean, data.std, names)
-            self.monitor.picture(progress.step, "train/images", drawn)
-        self.monitor.step(progress.step, time.perf_counter() - started + waited, waited, scalars)
         return True
-
-    def shared_scalars(self, batch: Batch) -> dict[str, float]:
-        """What all ranks together have counted since the last report; names a slow one. All ranks call it."""
-        told = self.world.gather((self.training_data.stats(), self.stopwatch.pace()))
-        totals: Counter[str] = Counter()
-        for stats, _ in told:
-            totals.update(stats)
-        scalars, warning = self.stragglers.judge([pace for _, pace in told])
-        if warning and self.world.is_main:
-            log.warning(warning)
-        return (
-            {"data/image_size": float(batch.images.shape[1])}
-            | {f"data/{name}": float(value) for name, value in totals.items()}
-            | scalars
-        )
 
     def roll_back(self) -> None:
         """Goes back to the last good checkpoint, and on with the data that comes next.
@@ -221,7 +192,7 @@ class Trainer:
             raise DivergedError(f"{report}, and there is no checkpoint to return to; {self.guard.advice()}")
         self.keeper.return_to(found, rollbacks + 1)
         log.warning("%s: back to step %d, and on with the data that follows", report, self.progress.step)
-        self.monitor.close()
+        self.reports.monitor.close()
         self.open_reports()
 
     def finished(self) -> bool:
@@ -252,7 +223,7 @@ class Trainer:
         """Evaluates where it is time to; False where it was not, or where a signal cut it off: it runs on resume."""
         if not self.evaluation_is_due():
             return False
-        self.monitor.end_trace(self.progress.step)
+        self.reports.monitor.end_trace(self.progress.step)
         with self.engine.averaged_weights(self.keeper.ema):
             totals = evaluate(
                 self.engine, self.task, self.validation_data, self.config.data, lambda: bool(self.asked_to_stop())
@@ -264,7 +235,7 @@ class Trainer:
         self.metrics, progress.evaluated_at = metrics, progress.step
         if progress.best_metric is None or value > progress.best_metric:
             progress.best_metric, progress.best_step = value, progress.step
-        self.monitor.evaluation(progress.step, metrics, self.task.confusion(totals))
+        self.reports.monitor.evaluation(progress.step, metrics, self.task.confusion(totals))
         return True
 
     def save_is_due(self) -> bool:
@@ -273,25 +244,7 @@ class Trainer:
         return step % self.config.checkpoint.every_steps == 0 or step == self.progress.best_step or self.finished()
 
     def open_reports(self) -> None:
-        """Begins what this attempt reports, at the step it starts from."""
-
-        @functools.cache
-        def macs(epoch: int) -> int | None:
-            return self.task.macs(self.engine.network, self.config.data.train_image_size(epoch))
-
-        config = self.config
-        size = Size(
-            self.last_step, self.steps_per_epoch, config.steps.global_batch_size, self.world.size, macs,
-            config.engine.precision, config.optimizer.clip_grad_norm,
-        )  # fmt: skip
-        resumed = Resumed(self.progress.step, self.evaluation_is_due())
-        self.monitor = Monitor(self.config.monitor, self.folder, size, resumed, self.world.is_main)
-        self.interruption.note_save(self.monitor.longest_save)
-        self.keeper.report = self.note_save
-        self.samples = SampleLog(self.folder.samples, self.world, self.progress, self.config.monitor.log_samples)
+        """Begins what is reported, at the step where the run is."""
+        self.reports.open(self.task, self.engine.network, self.last_step, self.evaluation_is_due())
+        self.keeper.report = self.reports.saved
         self.guard.forget_later()
-
-    def note_save(self, saved: Saved) -> None:
-        """Reports a new checkpoint, and learns how long one takes."""
-        self.interruption.note_save(saved.seconds)
-        self.monitor.saved(saved.step, saved.seconds, saved.stall)

@@ -63,7 +63,7 @@ def config_for(folder: Path, engine: str = "ddp", **sections: Any) -> Config:
     base = small_config(folder, engine, monitor=MonitorConfig(log_every=1, log_samples=True),
                         steps=StepsConfig(epochs=2, global_batch_size=8, micro_batch_size=2))  # fmt: skip
     data = replace(base.data, synthetic=SyntheticConfig(train_samples=32, val_samples=5))
-    return replace(base, data=data, **sections)
+    return replace(base, data=data, engine=replace(base.engine, threads=1), **sections)
 
 
 def poison(*batches: int, rank: int = 0, micro_batch: int = -1, die_at: int = 0) -> None:

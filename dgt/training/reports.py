@@ -1,0 +1,105 @@
+"""Everything that a run tells of its steps: to a person (the monitor), to a proof (the sample log), of slow ranks."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from data_pipeline.loader import Batch, Loader
+from dgt.tasks import Task
+from dgt.training import pictures, run_folder
+from dgt.training.inputs import StepInputs
+from dgt.training.interrupt import Interruption
+from dgt.training.monitor import Monitor, Resumed, Size
+from dgt.training.parallel import StepResult
+from dgt.training.run_folder import RunFolder
+from dgt.training.sample_log import SampleLog
+from dgt.training.saver import Saved
+from dgt.training.state import Outcome, Progress
+from dgt.training.stragglers import Stopwatch, Stragglers
+from dgt.training.world import World
+
+if TYPE_CHECKING:
+    from dgt.config import Config
+
+log = logging.getLogger("dgt")
+
+SHOWN_IMAGES = 16
+
+
+class Reports:
+    """One rank's part, from where the run begins, resumes or returns to; all ranks call the same methods."""
+
+    def __init__(self, config: Config, world: World, progress: Progress, data: Loader, interruption: Interruption):
+        self.config, self.world, self.progress, self.data = config, world, progress, data
+        self.interruption = interruption
+        self.stopwatch = Stopwatch(world.device)
+        self.stragglers = Stragglers(config.guard.straggler_factor, config.guard.straggler_reports)
+
+    def open(self, task: Task, network: nn.Module, last_step: int, evaluation_is_due: bool) -> None:
+        """Begins at the step that the progress names, and forgets what was reported of later ones."""
+
+        @functools.cache
+        def macs(epoch: int) -> int | None:
+            return task.macs(network, config.data.train_image_size(epoch))
+
+        config, folder = self.config, RunFolder(self.config.run_dir)
+        size = Size(
+            last_step, len(self.data), config.steps.global_batch_size, self.world.size, macs,
+            config.engine.precision, config.optimizer.clip_grad_norm,
+        )  # fmt: skip
+        resumed = Resumed(self.progress.step, evaluation_is_due)
+        self.monitor = Monitor(config.monitor, folder, size, resumed, self.world.is_main)
+        self.samples = SampleLog(folder.samples, self.world, self.progress, config.monitor.log_samples)
+        self.interruption.note_save(self.monitor.longest_save)
+
+    def begin(self) -> None:
+        """A step begins."""
+        if self.world.is_main and self.monitor.reports(self.progress.step + 1):
+            self.interruption.check_current()  # what is written to the run must be its own attempt's
+        self.monitor.begin(self.progress.step + 1)
+        self.stopwatch.begin()
+
+    def served(self, batch: Batch, used: bool) -> None:
+        """A batch was used for a step, or used up by one that was not taken; before the step counts."""
+        self.samples.step(self.progress.step + 1, self.progress.data, batch.ids.tolist(), used)
+
+    def taken(
+        self, batch: Batch, prepare: StepInputs, result: StepResult, lr: float, seconds: tuple[float, float]
+    ) -> None:
+        """A step was taken; `seconds`: that it lasted, and that it waited for its batch."""
+        step = self.progress.step
+        scalars = {"train/loss": result.loss, "train/lr": lr, "train/grad_norm": result.grad_norm}
+        if self.monitor.reports(step):
+            scalars |= self.of_all_ranks(batch)
+        if self.monitor.shows_images(step):
+            data = self.config.data
+            inputs = prepare(batch, slice(0, SHOWN_IMAGES))
+            drawn = pictures.samples(inputs, data.mean, data.std, self.data.source.class_names)
+            self.monitor.picture(step, "train/images", drawn)
+        self.monitor.step(step, *seconds, scalars)
+
+    def of_all_ranks(self, batch: Batch) -> dict[str, float]:
+        """What all ranks together have counted since the last report; names a slow one."""
+        told = self.world.gather((self.data.stats(), self.stopwatch.pace()))
+        totals: Counter[str] = Counter()
+        for stats, _ in told:
+            totals.update(stats)
+        scalars, warning = self.stragglers.judge([pace for _, pace in told])
+        if warning and self.world.is_main:
+            log.warning(warning)
+        counted = {f"data/{name}": float(value) for name, value in totals.items()}
+        return {"data/image_size": float(batch.images.shape[1])} | counted | scalars
+
+    def saved(self, saved: Saved) -> None:
+        """Tells of a new checkpoint, and learns how long one takes."""
+        self.interruption.note_save(saved.seconds)
+        self.monitor.saved(saved.step, saved.seconds, saved.stall)
+
+    def conclude(self, outcome: Outcome) -> None:
+        """The attempt has ended as planned."""
+        self.monitor.conclude(outcome, run_folder.plain(self.config))
