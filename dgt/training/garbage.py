@@ -1,4 +1,4 @@
-"""Python's garbage collector, run by the step count: a rank that stops for it at a moment of its own stops all others."""
+"""Python's garbage collector, run by the step count: a rank that stops for it alone stops all the others."""
 
 from __future__ import annotations
 
