@@ -16,7 +16,7 @@ from small import small_config
 from data_pipeline.config import SyntheticConfig
 from dgt.config import Config
 from dgt.training.monitor import MonitorConfig
-from dgt.training.sample_log import SampleLog, surviving_samples
+from dgt.training.sample_log import SampleLog, served_samples, surviving_samples
 from dgt.training.state import Progress
 from dgt.training.trainer import Trainer, train
 from dgt.training.world import World
@@ -49,6 +49,22 @@ def test_a_resume_forgets_later_steps_also_of_ranks_that_are_no_more(tmp_path: P
     assert surviving_samples(tmp_path) == {1: [310, 311, 312], 2: [320, 321, 322], 3: [130]}
     write(tmp_path, size=2, resumed_step=1, last=2)
     assert surviving_samples(tmp_path) == {1: [310, 311, 312], 2: [220, 221]}
+
+
+def test_batches_of_skipped_and_lost_steps_stay_served_but_unused(tmp_path: Path) -> None:
+    """Steps 1 to 3, a bad batch, back to step 1 with the data that follows, and a resume there."""
+    for _attempt in range(2):
+        samples = SampleLog(tmp_path / "samples", rank(0, 1), at(0), enabled=True)
+        for step in (1, 2, 3):
+            samples.step(step, at(step).data, [step], used=True)
+        samples.step(4, at(4).data, [4], used=False)
+    for _attempt in range(2):
+        samples = SampleLog(tmp_path / "samples", rank(0, 1), at(1, batches=4), enabled=True)
+        assert surviving_samples(tmp_path) == {1: [1]}
+        assert served_samples(tmp_path) == {0: [1, 2, 3, 4]}
+        samples.step(2, at(5).data, [5], used=True)
+    assert surviving_samples(tmp_path) == {1: [1], 2: [5]}
+    assert served_samples(tmp_path) == {0: [1, 2, 3, 4, 5]}
 
 
 def test_an_attempt_without_the_log_forgets_what_its_steps_replace_and_makes_no_folder(tmp_path: Path) -> None:
