@@ -26,6 +26,7 @@ from dgt.training.optim import OptimizerConfig
 from dgt.training.parallel import EngineConfig
 from dgt.training.run_folder import plain
 from dgt.training.schedule import ScheduleConfig
+from dgt.training.start import StartConfig
 from dgt.training.steps import StepsConfig
 
 __all__ = ["Config", "ConfigError", "from_dict", "load", "to_yaml"]
@@ -45,6 +46,7 @@ class Config:
     """Key of every random draw: initial weights, sample order, augmentation, mixing, drop path."""
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     data: DataConfig = field(default_factory=DataConfig)
     steps: StepsConfig = field(default_factory=StepsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -53,13 +52,9 @@ def network(config: Config) -> nn.Module:
     from dgt.models import DGT
     from dgt.tasks import build_task
 
-    weights = config.model.checkpoint_path
-    if weights and not Path(weights).is_file():
-        raise ConfigError(f"model.checkpoint_path: there is no file {weights}")
-    bare = dataclasses.replace(config.model, checkpoint_path="")
     try:
         with torch.device("meta"):
-            built = build_task(config.task, bare, config.data).build_model()
+            built = build_task(config.task, config.model, config.data).build_model()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model: {error}") from None
     mode = config.engine.activation_checkpointing
@@ -69,6 +64,23 @@ def network(config: Config) -> nn.Module:
             "set it to none"
         )
     return built
+
+
+def beginning(config: Config) -> None:
+    """Raises CheckpointError or ConfigError where weights that training needs are not there.
+
+    Those that it starts from are not needed any more once the run has a checkpoint of its own.
+    """
+    from dgt.config import ConfigError
+    from dgt.training.checkpoint import committed
+    from dgt.training.run_folder import RunFolder
+    from dgt.training.start import find
+
+    if config.start.path and not committed(RunFolder(config.run_dir).checkpoints):
+        find(Path(config.start.path))
+    teacher = config.task.distillation
+    if teacher.teacher and not Path(teacher.checkpoint_path).is_file():
+        raise ConfigError(f"task.distillation.checkpoint_path: there is no file {teacher.checkpoint_path}")
 
 
 def augmentation(config: Config) -> None:

@@ -102,4 +102,6 @@ def names_in(
 
 def without_start(config: Config) -> Config:
     """The configuration without the weights that training began with, which a checkpoint replaces."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, checkpoint_path=""))
+    from dgt.training.start import StartConfig
+
+    return dataclasses.replace(config, start=StartConfig())

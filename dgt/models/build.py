@@ -1,6 +1,8 @@
 """Build a model by name from a small typed configuration."""
 
 import difflib
+import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +24,9 @@ class ModelConfig:
     """Keys that each group attends to (DGT models only); None keeps the variant's own."""
     num_iters: int | None = None
     """k-means iterations (DGT models only); None keeps the variant's own."""
-    checkpoint_path: str = ""
-    """Weights to start from (.safetensors or .pth); empty for random weights."""
+    freeze: tuple[str, ...] = ()
+    """What does not learn: modules or parameters by name ("stem", "stages.0"), with wildcards ("stages.*.norm?.*"), or
+    "backbone", all but the classifier."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_path_rate < 1:
@@ -43,7 +46,7 @@ def build_model(config: ModelConfig, num_classes: int, in_chans: int = 3) -> nn.
         in_chans: channels of the input image.
 
     Raises:
-        ValueError: unknown model name, or DGT options on a model that is not a DGT.
+        ValueError: unknown model name, DGT options on a model that is not a DGT, or nothing of that name to freeze.
     """
     arch_name = config.name.split(".")[0]
     if not timm.is_model(config.name):
@@ -60,10 +63,26 @@ def build_model(config: ModelConfig, num_classes: int, in_chans: int = 3) -> nn.
         )
     if config.drop_path_rate:  # some timm models know no such option, and need not for 0
         options["drop_path_rate"] = config.drop_path_rate
-    return timm.create_model(
-        config.name,
-        num_classes=num_classes,
-        in_chans=in_chans,
-        checkpoint_path=config.checkpoint_path,
-        **options,
-    )
+    model = timm.create_model(config.name, num_classes=num_classes, in_chans=in_chans, **options)
+    freeze(model, config.freeze)
+    return model
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Lets the parameters that `patterns` name (see `ModelConfig.freeze`) need no gradient.
+
+    Raises ValueError for a pattern that names none.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    head = f"{getattr(model, 'pretrained_cfg', {}).get('classifier')}."
+    for pattern in patterns:
+        if pattern == "backbone":
+            frozen = [name for name in names if not name.startswith(head)]
+        else:
+            frozen = [n for n in names if n.startswith(f"{pattern}.") or fnmatch.fnmatchcase(n, pattern)]
+        if not frozen:
+            known = [name for name, _ in model.named_modules()] + names
+            near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.0)
+            raise ValueError(f"freeze: {pattern!r} names no parameter; the nearest name is {near[0]!r}")
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)

@@ -29,6 +29,7 @@ class StepInputs:
     config: Config
     step: int
     device: torch.device
+    epoch: int
 
     @cached_property
     def draws(self) -> PairDraws:
@@ -46,7 +47,7 @@ class StepInputs:
         keys = self.on_device(
             drop_path_keys(self.config.seed, self.step, positions, self.config.steps.global_batch_size)
         )
-        if not self.config.mixing.enabled:
+        if not self.config.mixing.mixes_in(self.epoch):
             return Inputs(images, labels, keys)
         mixed = mix(images, labels, positions, self.draws)
         return Inputs(mixed.images, labels, keys, mixed.partner_labels, mixed.share)

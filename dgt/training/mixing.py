@@ -28,6 +28,8 @@ class MixingConfig:
     """Probability that a pair is mixed at all."""
     switch_prob: float = 0.5
     """Probability of CutMix rather than mixup where both are on."""
+    off_epoch: int = 0
+    """From this epoch on (counted from 0) nothing is mixed, so that training ends on whole images; 0 = never."""
 
     def __post_init__(self) -> None:
         for name in ("mixup_alpha", "cutmix_alpha"):
@@ -36,6 +38,13 @@ class MixingConfig:
         for name in ("prob", "switch_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: must lie in [0, 1], got {getattr(self, name)}")
+
+        if self.off_epoch < 0:
+            raise ValueError(f"off_epoch: must not be negative, got {self.off_epoch}")
+
+    def mixes_in(self, epoch: int) -> bool:
+        """Whether any pair is mixed in this epoch."""
+        return self.enabled and not 0 < self.off_epoch <= epoch
 
     @property
     def enabled(self) -> bool:

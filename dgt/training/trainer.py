@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.loader import Batch, Loader, build_loader
 from dgt.tasks import Task, build_task
-from dgt.training import run_folder
+from dgt.training import checkpoint, run_folder, start
 from dgt.training.evaluate import evaluate
 from dgt.training.garbage import collected_by_hand
 from dgt.training.guard import Guard
@@ -50,7 +50,10 @@ def train(config: Config, interruption: Interruption | None = None) -> Outcome:
         world.on_main(lambda: run_folder.claim(folder, run_folder.plain(config)))
         task = build_task(config.task, config.model, config.data)
         torch.manual_seed(config.seed)
-        engine = build_engine(task.build_model(), world, config.engine, config.optimizer)
+        network = task.build_model()
+        if config.start.path and not world.on_main(lambda: bool(checkpoint.committed(folder.checkpoints))):
+            start.load_into(network, config.start)
+        engine = build_engine(network, world, config.engine, config.optimizer)
 
         def loader(split: str, batch_size: int, training: bool) -> Loader:
             return stack.enter_context(
@@ -144,7 +147,7 @@ class Trainer:
             warmup_steps=round(self.config.schedule.warmup_epochs * self.steps_per_epoch),
             config=self.config.schedule,
         )
-        prepare = StepInputs(self.config, progress.step, self.world.device)
+        prepare = StepInputs(self.config, progress.step, self.world.device, self.training_data.epoch)
         parts = [slice(i, i + steps.micro_batch_size) for i in range(0, len(batch.labels), steps.micro_batch_size)]
         losses: list[Tensor] = []
 

@@ -298,7 +298,7 @@ def test_run_that_needs_more_than_its_gpu_has_is_refused(config: Path) -> None:
         ("data.path=https://hf_pass@host/set", "data.path: https://host/set is given"),
         ("data.path=https://host/set?token=pass", "data.path: https://host/set is given"),
         ("data.path=https://host/set?X-Amz-Signature=pass", "data.path: https://host/set is given"),
-        ("model.checkpoint_path=https://me:pass@host/w", "model.checkpoint_path: https://host/w is given"),
+        ("start.path=https://me:pass@host/w", "start.path: https://host/w is given"),
     ],
 )
 def test_password_in_the_configuration_is_refused_without_showing_it(override: str, shown: str, config: Path) -> None:

@@ -76,7 +76,7 @@ def test_wrong_settings_are_refused_in_one_sentence(config: Path, capsys: pytest
     assert "unknown model 'dgt_nan'" in refusal(config, capsys, "model.name=dgt_nan")
     assert "8 does not divide by 3 ranks" in refusal(config, capsys, "--processes-per-node", "3")
     assert "even while mixing is on" in refusal(config, capsys, "--processes-per-node", "8")
-    assert "there is no file none.pth" in refusal(config, capsys, "model.checkpoint_path=none.pth")
+    assert "start.path: none.pth is no file" in refusal(config, capsys, "start.path=none.pth")
     assert "fewer than one global batch" in refusal(config, capsys, "data.synthetic.train_samples=7")
     assert "data_pipeline.prepare" in refusal(config, capsys, "data.backend=webdataset", "data.path=/nonexistent")
     assert "no folder name" in refusal(config, capsys, "--name", "a/b")

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from dgt.models import DGT, ModelConfig, build_model
 
@@ -39,15 +38,23 @@ def test_an_unknown_name_suggests_the_nearest():
         build_model(ModelConfig("dgt_tny"), num_classes=6)
 
 
-def test_checkpoint_path_loads_weights(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    model = build_model(ModelConfig("dgt_nano"), num_classes=3)
-    path = tmp_path / "weights.safetensors"
-    safetensors.save_file(model.state_dict(), path)
-    torch.manual_seed(99)
-    loaded = build_model(ModelConfig("dgt_nano", checkpoint_path=str(path)), num_classes=3)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
+@pytest.mark.parametrize(
+    ("patterns", "learning"),
+    [
+        (("backbone",), {"head"}),
+        (("stem", "stages.0", "stages.1"), {"stages.2", "stages.3", "norm", "head"}),
+        (("stages.*", "norm.*"), {"stem", "head"}),
+    ],
+)
+def test_what_is_frozen_needs_no_gradient(patterns, learning):
+    model = build_model(ModelConfig("dgt_nano", freeze=patterns), num_classes=3)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert {".".join(name.split(".")[: 2 if name.startswith("stages") else 1]) for name in names} == learning
+
+
+def test_a_name_of_nothing_to_freeze_suggests_the_nearest():
+    with pytest.raises(ValueError, match=r"freeze: 'stage.0' names no parameter; the nearest name is 'stages.0'"):
+        build_model(ModelConfig("dgt_nano", freeze=("stage.0",)), num_classes=3)
 
 
 def test_the_configuration_is_frozen():

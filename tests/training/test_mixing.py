@@ -1,10 +1,16 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from small import small_config
 from timm.data.mixup import mixup_target
 from torch.nn import functional as F
 
+from data_pipeline.loader import Batch
+from data_pipeline.transforms import normalize
 from dgt.training.draws import drop_path_keys
+from dgt.training.inputs import StepInputs
 from dgt.training.mixing import MixingConfig, PairDraws, boxes, draw_pairs, mix
 
 BATCH = 64
@@ -95,3 +101,19 @@ def test_drop_path_keys_belong_to_positions_not_to_ranks() -> None:
     assert len(set(whole.tolist())) == BATCH
     assert not torch.equal(whole, drop_path_keys(3, 7, torch.arange(BATCH), BATCH))
     assert 0 <= int(whole.min()) <= int(whole.max()) < 2**32
+
+
+def test_nothing_is_mixed_from_the_off_epoch_on(tmp_path: Path) -> None:
+    config = small_config(tmp_path, mixing=MixingConfig(off_epoch=3))
+    batch = Batch(
+        images=torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8), labels=torch.arange(8) % 4,
+        ids=torch.arange(8), positions=torch.arange(8), valid=torch.ones(8, dtype=torch.bool),
+        copies=torch.zeros(8, dtype=torch.int64), changes=(),
+    )  # fmt: skip
+    mixed, last, whole = (StepInputs(config, 5, torch.device("cpu"), e)(batch, slice(0, 8)) for e in (0, 2, 3))
+    assert mixed.share is not None
+    assert torch.equal(mixed.images, last.images)
+    assert whole.share is None
+    torch.testing.assert_close(whole.images, normalize(batch.images, config.data.mean, config.data.std))
+    assert not torch.equal(mixed.images, whole.images)
+    assert torch.equal(mixed.sample_keys, whole.sample_keys)

@@ -1,0 +1,88 @@
+"""Weights that a run begins with, from an exported file or from another run: fine-tuning and transfer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from dgt.training.checkpoint import MANIFEST, Checkpoint, CheckpointError, committed, tensors_in, verify
+
+log = logging.getLogger("dgt")
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """Where the weights of step 0 come from; a run that has a checkpoint of its own goes on from that instead."""
+
+    path: str = ""
+    """A file (.safetensors as `launch/export.py` writes it, or .pth), another run's folder (its best checkpoint), or a
+    step_* folder; empty = weights drawn from the seed. A classifier of another number of classes is drawn anew."""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    """Of a run: the averaged or the raw weights; "auto": averaged where it kept an average."""
+
+
+def find(path: Path) -> Path | Checkpoint:
+    """The file, or the verified checkpoint, that `path` names. Raises CheckpointError where there is none."""
+    if path.is_file():
+        return path
+    if (path / MANIFEST).exists():
+        return verify(path)
+    for folder in committed(path / "checkpoints"):
+        newest = verify(folder)
+        best = newest.manifest["progress"]["best_step"]
+        return newest if best in (None, newest.step) else verify(folder.with_name(f"step_{best:08d}"))
+    raise CheckpointError(f"start.path: {path} is no file, no step_* folder, and no run that has a checkpoint")
+
+
+def read(config: StartConfig) -> tuple[str, dict[str, Tensor]]:
+    """Where the weights are from, in words, and the tensors by name. Raises CheckpointError."""
+    found = find(Path(config.path))
+    if isinstance(found, Path):
+        try:
+            return str(found), dict(load_state_dict(str(found), use_ema=config.weights != "raw", weights_only=True))
+        except Exception as error:  # whatever a file of an unknown origin does to its reader
+            raise CheckpointError(f"start.path: {found} cannot be read: {error}") from None
+    stored = tensors_in(found)
+    averaged = {name for name in stored.tensors if name.startswith("ema.")}
+    if config.weights == "ema" and not averaged:
+        raise CheckpointError(f"start.weights: {found.path} holds no averages; set it to raw")
+    names = {name.removeprefix("model."): name for name in stored.tensors if name.startswith("model.")}
+    if config.weights != "raw":
+        names |= {name.removeprefix("ema."): name for name in averaged}
+    kind = "averaged" if averaged and config.weights != "raw" else "raw"
+    return f"the {kind} weights of {found.path}", {own: stored.whole(name) for own, name in names.items()}
+
+
+def load_into(network: nn.Module, config: StartConfig) -> None:
+    """Gives an unwrapped `network` the weights that `config` names, and says which it did not take.
+
+    Raises CheckpointError naming the first tensor that does not fit, and both shapes.
+    """
+    source, given = read(config)
+    own = network.state_dict()
+    classifiers = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
+    prefixes = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
+    other = [name for name in own if not fits(name, own, given)]
+    if wrong := next((name for name in other if not name.startswith(prefixes)), None):
+        there = f"has the shape {tuple(given[wrong].shape)} there" if wrong in given else "is not there"
+        raise CheckpointError(f"start.path: {source}: {wrong} {there} and has the shape {tuple(own[wrong].shape)} here")
+    if foreign := next((name for name in given if name not in own and not name.startswith(prefixes)), None):
+        raise CheckpointError(
+            f"start.path: {source}: {foreign} of shape {tuple(given[foreign].shape)} is not known here"
+        )
+    network.load_state_dict({name: given[name] for name in own if name not in other}, strict=False)
+    log.info("starting from %s: %d of %d tensors", source, len(own) - len(other), len(own))
+    for name in other:
+        shape = tuple(given[name].shape) if name in given else "absent"
+        log.info("  %s is drawn anew: %s there, %s here", name, shape, tuple(own[name].shape))
+
+
+def fits(name: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> bool:
+    """Whether there is a tensor of this name and of the same shape."""
+    return name in given and given[name].shape == own[name].shape
