@@ -6,6 +6,7 @@ process of its own, forked from the same server.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import pickle
@@ -22,12 +23,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from ranks import context, run_ranks
 from small import small_config
-from torch import nn
 
 from benchmarks.chaos.moments import Moments, Order, watch
 from data_pipeline.config import SyntheticConfig
 from dgt.config import Config
-from dgt.models import ModelConfig
+from dgt.models import DGTBlock, ModelConfig
 from dgt.training.checkpoint import CheckpointConfig
 from dgt.training.ema import EmaConfig
 from dgt.training.mixing import MixingConfig
@@ -42,7 +42,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "recompute": ("none", "selective", "full"),
     "precision": ("fp32", "bf16"),
     "micro_batches": (1, 3),
-    "compiled": (False, True),
     "averaged": (True, False),
     "mixed": (True, False),
     "drop_path": (0.2, 0.0),
@@ -117,7 +116,7 @@ def config_of(case: Case, folder: Path) -> Config:
         name=name,
         precision=case["precision"],
         activation_checkpointing=case["recompute"],
-        compile=case["compiled"],
+        compile=case.get("compiled", False),
         fsdp=FsdpConfig(shard_size=2 if engine == "hybrid" else 0),
         deepspeed=DeepSpeedConfig(stage=int(engine[-1]) if "zero" in engine else 2),
         threads=1,
@@ -204,11 +203,21 @@ def finish(config: Config, backend: str = "inductor") -> str:
 
 
 def compile_with(backend: str) -> None:
-    """Lets modules be compiled by `backend` from here on."""
-    nn.Module.compile = lambda self, **options: original_compile(self, backend=backend, **options)  # type: ignore
+    """Lets blocks be compiled by `backend` from here on."""
+    DGTBlock.compile = functools.partialmethod(compile_block, backend=backend)  # type: ignore[assignment]
 
 
-original_compile = nn.Module.compile
+compile_block = DGTBlock.compile
+
+
+def run_to_the_end(config: Config, engine: str, team: Callable[[int], Team], backend: str) -> None:
+    """Trains with a team; with new ranks under DeepSpeed, which keeps what belongs to a world that was left."""
+    ranks = RANKS.get(engine, 2)
+    if "zero" in engine:
+        ended = [rank.value for rank in run_ranks(ranks, finish, config, backend)]
+    else:
+        ended = team(ranks).call(finish, config, backend)
+    assert ended == ["finished"] * ranks
 
 
 def die(config: Config, orders: Sequence[Order], backend: str) -> None:

@@ -1,9 +1,9 @@
 """N steps equal k steps, SIGKILL, N - k steps, to the last bit, under every engine and every pair of choices.
 
 The moments of the kills are drawn from a seed that is printed; DGT_EXACTNESS_SEED repeats them. `make test` runs the
-pairwise matrix with one kill each, and compiles blocks as far as torch.compile does without a C++ compiler (graphs,
-their derivatives and what is recomputed, but not the generated code); `make test-all` (DGT_FULL_MATRIX=1) all
-combinations with three kills in a row, and whole compilation.
+pairwise matrix with one kill each; `make test-all` (DGT_FULL_MATRIX=1) all combinations, and the pairwise matrix once
+more with compiled blocks, with three kills in a row each. Compiling takes far longer than these runs: `make test` has
+one run with compiled blocks, without the generation of machine code.
 """
 
 from __future__ import annotations
@@ -17,14 +17,27 @@ from pathlib import Path
 
 import matrix
 import pytest
-from matrix import FACTORS, RANKS, Case, Interruptions, Team, config_of, finish, interrupt, random_interruptions, teams
+from matrix import (
+    FACTORS,
+    RANKS,
+    Case,
+    Interruptions,
+    Team,
+    config_of,
+    finish,
+    interrupt,
+    random_interruptions,
+    run_to_the_end,
+    teams,
+)
 
 from benchmarks.chaos.evidence import differences
 from benchmarks.chaos.moments import Order
 
 SEED = int(os.environ.get("DGT_EXACTNESS_SEED", datetime.date.today().toordinal()))
 FULL = os.environ.get("DGT_FULL_MATRIX") == "1"
-CASES = list(matrix.every(FACTORS)) if FULL else matrix.pairwise(FACTORS)
+PAIRWISE = matrix.pairwise(FACTORS)
+CASES = [*matrix.every(FACTORS), *(case | {"compiled": True} for case in PAIRWISE)] if FULL else PAIRWISE
 BACKEND = "inductor" if FULL else "aot_eager"
 
 
@@ -39,9 +52,9 @@ def check(case: Case, folder: Path, team: Callable[[int], Team], interruptions: 
     ranks = RANKS.get(case["engine"], 2)
     undisturbed, disturbed = config_of(case, folder / "undisturbed"), config_of(case, folder / "disturbed")
     print(f"seed {SEED}: killed at {interruptions}")
-    assert team(ranks).call(finish, undisturbed, BACKEND) == ["finished"] * ranks
+    run_to_the_end(undisturbed, case["engine"], team, BACKEND)
     kills = interrupt(disturbed, ranks, interruptions, BACKEND)
-    assert team(ranks).call(finish, disturbed, BACKEND) == ["finished"] * ranks
+    run_to_the_end(disturbed, case["engine"], team, BACKEND)
     assert differences(disturbed.run_dir, undisturbed.run_dir) == []
     return kills
 
@@ -66,6 +79,14 @@ def test_three_kills_in_a_row_during_warmup_a_commit_and_an_evaluation(
     in_a_commit = (Order("rename", 2, 0),)  # the first is the manifest's
     in_an_evaluation = (Order("evaluation", 2, 1),)
     assert check(USUAL, tmp_path, team, Interruptions((in_warmup, in_a_commit, in_an_evaluation))) == 3
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_compiled_blocks_ends_as_if_nothing_had_happened(
+    tmp_path: Path, team: Callable[[int], Team]
+) -> None:
+    case = USUAL | {"engine": "ddp", "recompute": "selective", "compiled": True}
+    assert check(case, tmp_path, team, Interruptions(((Order("step", 4, 1),),))) == 1
 
 
 def test_the_matrix_holds_every_pair_of_values() -> None:
