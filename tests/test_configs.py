@@ -1,0 +1,55 @@
+"""Every recipe builds its network, shares its batches over the GPUs it is meant for, and refers to what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from data_pipeline.augment import parse_rand_augment
+from dgt.config import Config, load
+from dgt.tasks import build_task
+from dgt.training.optim import build_optimizer
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_builds_its_network_and_optimizer_and_shares_its_batches(name: str) -> None:
+    config = load(RECIPES[name])
+    with torch.device("meta"):
+        network = build_task(config.task, config.model, config.data).build_model()
+    build_optimizer(network, config.optimizer)
+    if config.data.augment.rand_augment:
+        parse_rand_augment(config.data.augment.rand_augment)
+    for ranks in (1, 8) if "in1k" in name or "in22k" in name else (1, 2):
+        assert config.steps.share(ranks) % 2 == 0
+        assert config.steps.share(ranks) % min(config.steps.micro_batch_size, config.steps.share(ranks)) == 0
+    assert config.schedule.warmup_epochs < config.steps.epochs
+    assert config.mixing.off_epoch < config.steps.epochs
+    assert config.schedule.min_lr < config.optimizer.lr
+
+
+@pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if load(path).start.path])
+def test_a_fine_tuning_recipe_starts_from_a_run_of_a_recipe_whose_network_it_fits(name: str) -> None:
+    config = load(RECIPES[name])
+    earlier = load(RECIPES[Path(config.start.path).name.removesuffix(".safetensors")])
+    ours, theirs = shapes(config), shapes(earlier)
+    differ = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    assert all(key.startswith("head.fc.") for key in differ)
+    assert bool(differ) == (config.data.num_classes != earlier.data.num_classes)
+
+
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        network = build_task(config.task, config.model, config.data).build_model()
+    return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if load(path).task.distillation.teacher])
+def test_a_teacher_is_one_that_timm_knows_with_the_same_classes(name: str) -> None:
+    config = load(RECIPES[name])
+    assert timm.get_pretrained_cfg(config.task.distillation.teacher).num_classes == config.data.num_classes
