@@ -25,10 +25,13 @@ from dgt.training.guard import Guard, GuardConfig, fault, read
 from dgt.training.interrupt import Interruption
 from dgt.training.keeper import Keeper
 from dgt.training.monitor import MonitorConfig
+from dgt.training.optim import OptimizerConfig
+from dgt.training.parallel import EngineConfig, build_engine
 from dgt.training.sample_log import served_samples, surviving_samples
 from dgt.training.state import DivergedError, Progress
 from dgt.training.steps import StepsConfig
 from dgt.training.trainer import Trainer, train
+from dgt.training.world import joined
 from launch.checks import would_repeat
 
 NAN = float("nan")
@@ -268,3 +271,24 @@ def test_a_run_without_a_checkpoint_to_return_to_ends_with_a_report(
     with pytest.raises(DivergedError, match=r"after step 0 .*there is no checkpoint to return to; training stops"):
         train(config)
     assert checkpoint.committed(config.run_dir / "checkpoints") == []
+
+
+def statistics_after_a_bad_step(engine: str) -> tuple[bool, bool]:
+    """Whether a bad and a good step have changed the running mean of a batch norm."""
+    with joined() as world:
+        network = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+        built = build_engine(network, world, EngineConfig(name=engine, precision="fp32"), OptimizerConfig())  # type: ignore[arg-type]
+        changed = []
+        for factor in (NAN, 1.0):
+            before = network[0].running_mean.clone()
+            built.train_step(
+                [torch.full((4, 3), 2.0 + world.rank)], lambda model, x, by=factor: model(x).sum() * by, 1e-3,
+                lambda loss, norm: loss == loss,
+            )  # fmt: skip
+            changed.append(not torch.equal(before, network[0].running_mean))
+        return changed[0], changed[1]
+
+
+def test_a_bad_step_leaves_running_statistics_alone() -> None:
+    assert run_ranks(1, statistics_after_a_bad_step, "ddp")[0].value == (False, True)
+    assert [r.value for r in run_ranks(2, statistics_after_a_bad_step, "ddp")] == [(False, True)] * 2

@@ -93,6 +93,7 @@ class Engine:
         self.model.train()
         set_learning_rate(self.optimizer, lr)
         total = torch.zeros((), device=self.world.device)
+        statistics = [buffer.clone() for buffer in self.network.buffers()]
         for i, micro_batch in enumerate(micro_batches):
             with self.accumulating(last=i == len(micro_batches) - 1):
                 with self.arithmetic():
@@ -104,7 +105,11 @@ class Engine:
             dist.all_reduce(total)
         self.attempts += 1
         collect_after(self.attempts, self.config.collect_garbage_every)
-        return self.update(float(total), accept)
+        result = self.update(float(total), accept)
+        if not result.taken:  # running statistics have seen the batch
+            for buffer, before in zip(self.network.buffers(), statistics, strict=True):
+                buffer.copy_(before)
+        return result
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of one micro-batch, times the loss scale, to what there is."""
