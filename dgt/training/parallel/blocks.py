@@ -21,21 +21,14 @@ def compile_blocks(network: nn.Module, **options: Any) -> None:
     config.recompile_limit = max(config.recompile_limit, GRAPHS)
     for module in network.modules():
         if isinstance(module, DGTBlock):
-            module.compile(**options)
+            # A graph for each size: one for sizes that vary (a smaller last micro-batch) makes Inductor fail.
+            module.compile(**{"dynamic": False} | options)
 
 
 def use_apex_layer_norm(network: nn.Module) -> None:
-    """Replaces the blocks' LayerNorm by apex's FusedLayerNorm, with the same parameters under the same names.
+    """Replaces the blocks' LayerNorm by apex's FusedLayerNorm, with the same parameters under the same names."""
+    from apex.normalization import FusedLayerNorm
 
-    Raises RuntimeError where apex is not installed.
-    """
-    try:
-        from apex.normalization import FusedLayerNorm
-    except ImportError as error:
-        raise RuntimeError(
-            "engine.apex_layer_norm: apex cannot be imported here "
-            f"({error}); build it from https://github.com/NVIDIA/apex with its CUDA extensions, or set this to false"
-        ) from None
     for block in [module for module in network.modules() if isinstance(module, DGTBlock)]:
         for name in ("norm1", "norm2"):
             norm = getattr(block, name)
