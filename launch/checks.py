@@ -111,6 +111,17 @@ def batches(config: Config, ranks: int) -> None:
         )
 
 
+def engine(config: Config, ranks: int) -> None:
+    """Raises ConfigError where the engine cannot be had with this optimizer or this number of ranks, or at all."""
+    from dgt.config import ConfigError
+    from dgt.training.parallel import check_engine
+
+    try:
+        check_engine(config.engine, config.optimizer, ranks)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def samples(config: Config) -> tuple[int, int]:
     """Number of samples of the training and the validation split. Raises DataError where one cannot be used."""
     from data_pipeline.loader import open_split

@@ -90,6 +90,7 @@ def run(options: argparse.Namespace, early: Noted, rank: int) -> Outcome:
     config = load(options.config, options.overrides)
     checks.network(config)
     checks.batches(config, world_size)
+    checks.engine(config, world_size)
     checks.beginning(config)
     checks.augmentation(config)
     with contextlib.closing(Announcement()) as announcement:

@@ -75,6 +75,12 @@ def test_wrong_settings_are_refused_in_one_sentence(config: Path, capsys: pytest
     assert "did you mean steps.epochs?" in refusal(config, capsys, "steps.epoch=3")
     assert "unknown model 'dgt_nan'" in refusal(config, capsys, "model.name=dgt_nan")
     assert "8 does not divide by 3 ranks" in refusal(config, capsys, "--processes-per-node", "3")
+    assert "optimizer.name: lamb needs whole tensors" in refusal(
+        config, capsys, "engine.name=deepspeed", "optimizer.name=lamb"
+    )
+    assert "settings: train_batch_size is decided by this configuration" in refusal(
+        config, capsys, "engine.deepspeed.settings.train_batch_size=8"
+    )
     assert "even while mixing is on" in refusal(config, capsys, "--processes-per-node", "8")
     assert "start.path: none.pth is no file" in refusal(config, capsys, "start.path=none.pth")
     assert "fewer than one global batch" in refusal(config, capsys, "data.synthetic.train_samples=7")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from dgt.training import checkpoint
 from dgt.training.ema import Ema, EmaConfig
 from dgt.training.optim import OptimizerConfig
-from dgt.training.parallel import Engine, EngineConfig, build_engine
+from dgt.training.parallel import Engine, EngineConfig, build_engine, check_engine
 from dgt.training.parallel.config import DeepSpeedConfig
-from dgt.training.parallel.deepspeed import imported, settings_of
+from dgt.training.parallel.deepspeed import settings_of
 from dgt.training.world import World, joined
 
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -169,8 +169,8 @@ def test_offload_to_host_memory_trains_alike() -> None:
 @pytest.mark.parametrize("label", ["zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("name", ["lamb", "muon"])
 def test_optimizers_that_need_whole_tensors_are_refused(label: str, name: Any) -> None:
-    with joined() as world, pytest.raises(ValueError, match=f"optimizer.name: {name} needs whole tensors"):
-        build_engine(Odd(), world, config_of(label), OptimizerConfig(name=name))
+    with pytest.raises(ValueError, match=f"optimizer.name: {name} needs whole tensors"):
+        check_engine(config_of(label), OptimizerConfig(name=name), 2)
 
 
 @pytest.mark.parametrize(
@@ -197,14 +197,22 @@ def test_other_settings_of_deepspeed_are_laid_over_ours() -> None:
     assert made["zero_optimization"]["allgather_bucket_size"] % 2 == 0
 
 
-def test_a_missing_package_is_one_sentence_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
+@pytest.mark.parametrize(
+    ("config", "missing", "named"),
+    [
+        (config_of("zero1"), "deepspeed", r"install the extra dgt\[deepspeed\], or choose another engine"),
+        (config_of("ddp", apex_layer_norm=True), "apex", "engine.apex_layer_norm: NVIDIA's apex is not installed"),
+    ],
+)
+def test_a_missing_package_is_one_sentence_with_the_way_out(
+    config: EngineConfig, missing: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else object())
+    with pytest.raises(ValueError, match=named):
+        check_engine(config, OptimizerConfig(), 2)
 
-    def without_it(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "deepspeed":
-            raise ModuleNotFoundError("No module named 'deepspeed'")
-        return real(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", without_it)
-    with pytest.raises(RuntimeError, match=r"install the extra dgt\[deepspeed\], or choose another engine"):
-        imported()
+def test_shards_that_do_not_come_out_even_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"engine\.fsdp\.shard_size: 5 ranks do not divide into groups of 2"):
+        check_engine(config_of("hybrid"), OptimizerConfig(), 5)
+    check_engine(config_of("hybrid"), OptimizerConfig(), 6)

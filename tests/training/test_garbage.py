@@ -27,7 +27,13 @@ def test_cycles_live_until_the_step_of_the_collection() -> None:
 
 @pytest.mark.parametrize(("every", "within"), [(5, False), (0, True)])
 def test_automatic_collection_is_back_afterwards_even_after_an_error(every: int, within: bool) -> None:
-    with pytest.raises(KeyError), collected_by_hand(every):
-        assert gc.isenabled() == within
-        raise KeyError
-    assert gc.isenabled()
+    seen = []
+
+    def fail() -> None:
+        with collected_by_hand(every):
+            seen.append(gc.isenabled())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [*seen, gc.isenabled()] == [within, True]

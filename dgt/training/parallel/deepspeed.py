@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dgt.models import DGTBlock
-from dgt.training.optim import NEEDS_WHOLE_TENSORS, OptimizerConfig, make_state
+from dgt.training.optim import OptimizerConfig, make_state
 from dgt.training.parallel.config import DeepSpeedConfig, EngineConfig
 from dgt.training.parallel.engine import Accept, Engine, StepResult
 from dgt.training.parallel.precision import HALF
@@ -37,10 +37,6 @@ class DeepSpeedEngine(Engine):
     """`deepspeed.initialize` around the network, with our optimizer over its flat partitions."""
 
     def __init__(self, network: nn.Module, world: World, config: EngineConfig, optimizer: OptimizerConfig):
-        if optimizer.name in NEEDS_WHOLE_TENSORS:
-            raise ValueError(
-                f"optimizer.name: {optimizer.name} needs whole tensors, which ZeRO cuts; set engine.name to fsdp"
-            )
         deepspeed = imported()
         network.to(world.device)
         super().__init__(network, world, config, optimizer)
@@ -239,16 +235,11 @@ class Partitions3(Partitions):
 
 
 def imported() -> Any:
-    """The package, told of the device and quiet. Raises RuntimeError where it is not installed."""
+    """The package, told of the device and quiet."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise RuntimeError(
-            f"engine.name: deepspeed cannot be imported here ({error}); install the extra dgt[deepspeed], or choose "
-            "another engine"
-        ) from None
+    import deepspeed
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # the loop itself reports steps that are not taken
     # Collectives of its own for CPUs, for inference alone; it would compile them here and now.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -54,13 +54,8 @@ class FsdpEngine(Engine):
 
 
 def mesh_of(world: World, shard_size: int) -> DeviceMesh:
-    """All ranks in a row, or copies times `shard_size` ranks that share one (0 = all).
-
-    Raises ValueError where these groups would not come out even.
-    """
+    """All ranks in a row, or copies times the `shard_size` ranks that share one (0 = all)."""
     kind, size = world.device.type, shard_size or world.size
-    if world.size % size:
-        raise ValueError(f"engine.fsdp.shard_size: {world.size} ranks do not divide into groups of {size}")
     if size == world.size:
         return init_device_mesh(kind, (world.size,))
     return init_device_mesh(kind, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
