@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: help setup setup-slurm setup-test demo slurm-demo test lint types clean-demo
+.PHONY: help setup setup-slurm setup-test demo slurm-demo test test-all lint types clean-demo
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ slurm-demo: setup-slurm  ## a Slurm of four nodes on this machine: submit, preem
 
 test: setup-test lint types  ## lint, types, and every test this machine can run
 	@$(PYTHON) -m pytest
+
+test-all: setup-test lint types  ## the same, with every combination of the exactness matrix: hours
+	@DGT_FULL_MATRIX=1 $(PYTHON) -m pytest
 
 lint: setup  ## ruff: rules and format
 	@$(PYTHON) -m ruff check .
