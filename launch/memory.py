@@ -1,40 +1,54 @@
-"""How much memory a rank will need, and how large a checkpoint is: found out without a GPU and without weights."""
+"""How much memory a rank will need, and how large a checkpoint is: found out without a GPU and without weights.
+
+A whole optimizer step runs in the engine that will run it, with tensors that have shapes and types but no numbers, in a
+world whose other ranks do not exist. Every storage is counted from its birth to its death.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from dgt.config import Config
+    from dgt.training.parallel import Engine
 
-FLOAT32, BFLOAT16 = 4, 2
+FLOAT32 = 4
 """Bytes of a number."""
+
+MOMENTS = {"sgd": 1, "lars": 1, "lion": 1, "adan": 4}
+"""Tensors of the size of the weights that an optimizer keeps; two unless named here."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank."""
+    """Bytes on one rank at the moment of a step at which it holds most."""
 
     weights: int
+    """Those that the optimizer updates, and copies of another type."""
     gradients: int
     moments: int
-    """AdamW's two."""
+    """What the optimizer keeps."""
     average: int
     """EMA."""
-    gathered: int
-    """fsdp: weights and gradients that are whole for a while; ddp under bf16: autocast's copies of the weights."""
+    buffers: int
+    """The engine's: weights and gradients that are whole for a while (fsdp, ZeRO), and buckets."""
     activations: int
-    """Most that the forward and backward pass of one micro-batch hold beside weights and gradients."""
+    """What operations have made and somebody still needs: activations, their gradients, casts, temporary results."""
     inputs: int
-    """One rank's share of a batch as it comes from the host, and one micro-batch of it normalised."""
+    """One rank's share of a batch as it comes from the host."""
 
     @property
     def total(self) -> int:
@@ -47,104 +61,252 @@ def parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
+def checkpoint_bytes(config: Config, network: nn.Module) -> int:
+    """Size of one checkpoint, float32: weights, the optimizer's moments, the average; a manifest of kilobytes besides.
+
+    Muon keeps one moment of the matrices and two of the rest; it is counted as two.
+    """
+    copies = 1 + MOMENTS.get(config.optimizer.name, 2) + config.ema.enabled
+    return copies * FLOAT32 * parameters(network)
+
+
 def estimate(config: Config, network: nn.Module, ranks: int) -> Memory:
-    """The estimate for one rank; the activations are those of a pass with shapes and types, but no numbers."""
-    count, block = parameters(network), largest_block(network)
-    accumulation = config.steps.accumulation(ranks)
-    compute = BFLOAT16 if config.engine.precision == "bf16" else FLOAT32
-    if config.engine.name == "fsdp":
-        held = -(-count // ranks)
-        # the block at work and the one fetched ahead, the gradient of one, and where steps accumulate, the whole sum
-        gathered = 2 * block * compute + block * FLOAT32 + (count * FLOAT32 if accumulation > 1 else 0)
-    else:
-        held, gathered = count, count * BFLOAT16 if compute == BFLOAT16 else 0
-    share, side = config.steps.share(ranks), config.data.largest_image_size
-    micro = min(config.steps.micro_batch_size, share)
-    return Memory(
-        weights=held * FLOAT32,
-        gradients=held * FLOAT32,
-        moments=2 * held * FLOAT32,
-        average=held * FLOAT32 if config.ema.enabled else 0,
-        gathered=gathered,
-        activations=activations(config, micro),
-        inputs=3 * side * side * (share + micro * FLOAT32),
+    """The estimate for one rank of `ranks`.
+
+    ddp and fsdp are run; ddp's buckets, which hold all gradients all the time, and what ZeRO cuts are computed from
+    the number of weights (Rajbhandari et al., arXiv 1910.02054, section 5).
+    """
+    name = config.engine.name
+    if name == "fsdp":
+        return of_peak(simulate(config, ranks))
+    if ranks == 1 and name == "ddp":
+        return of_peak(simulate(config, 1))
+    apart = of_peak(simulate(config, ranks, gradients_apart=True))
+    once = FLOAT32 * parameters(network)
+    if name == "ddp":
+        return dataclasses.replace(apart, gradients=once)
+    return zero(config, network, ranks, apart)
+
+
+def zero(config: Config, network: nn.Module, ranks: int, apart: Memory) -> Memory:
+    """DeepSpeed's ZeRO: `apart` is the same step in ddp without its gradients. Not measured, unlike the others.
+
+    Stages 1 to 3 cut the optimizer's state, the gradients, the weights. Master weights in float32 are a copy.
+    Stage 3 holds two blocks whole at a time, the one at work and the one fetched ahead.
+    """
+    options, count = config.engine.deepspeed, parameters(network)
+    once, part = FLOAT32 * count, FLOAT32 * -(-count // ranks)
+    host = options.offload == "cpu"
+    bucket = int(options.settings.get("zero_optimization", {}).get("reduce_bucket_size", 500_000_000))
+    return dataclasses.replace(
+        apart,
+        weights=(part if options.stage == 3 else once) + (0 if host else part),
+        gradients=once if options.stage == 1 else 0 if host else part,
+        moments=0 if host else MOMENTS.get(config.optimizer.name, 2) * part,
+        average=0 if host or not config.ema.enabled else part,
+        buffers=FLOAT32 * min(bucket, count) + (2 * FLOAT32 * largest_block(network) if options.stage == 3 else 0),
     )
 
 
 def largest_block(network: nn.Module) -> int:
-    """Weights of the largest part that fsdp gathers at once."""
+    """Weights of the largest part that is gathered at once."""
     from dgt.models import DGTBlock
 
     blocks = [parameters(module) for module in network.modules() if isinstance(module, DGTBlock)]
     return max([*blocks, parameters(network) - sum(blocks)])
 
 
-def checkpoint_bytes(config: Config, network: nn.Module) -> int:
-    """Size of one checkpoint: weights, two moments, the average."""
-    copies = 4 if config.ema.enabled else 3
-    return copies * FLOAT32 * parameters(network)
+def of_peak(peak: Counter[str]) -> Memory:
+    """The parts of a ledger's peak."""
+    return Memory(**{field.name: peak[field.name] for field in dataclasses.fields(Memory)})
 
 
-def activations(config: Config, micro_batch_size: int) -> int:
-    """Peak bytes of one micro-batch's forward and backward pass beside weights and gradients.
+def simulate(config: Config, ranks: int, gradients_apart: bool = False) -> Counter[str]:
+    """Bytes by kind at the peak of a step of rank 0 of `ranks`, on shapes without numbers, with the CPU's operations.
 
-    The pass runs on fake tensors: every operation gives shapes and types, storages are counted from birth to death.
-    The operations are those of the CPU, so a fused GPU kernel may need less.
+    `gradients_apart`: leave gradients out, from the moment that they are accumulated.
     """
     from dgt.tasks import build_task
-    from dgt.tasks.task import Inputs
+    from dgt.training.ema import Ema
+    from dgt.training.parallel import build_engine
+    from dgt.training.world import World
     from launch.weights import without_start
 
     plain = without_start(config)
-    task = build_task(plain.task, plain.model, plain.data)
-    side = config.data.largest_image_size
-    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
-        network = task.build_model()
-        if config.engine.activation_checkpointing != "none":
-            network.set_grad_checkpointing(True, mode=config.engine.activation_checkpointing)  # type: ignore[operator]
-        n = micro_batch_size
-        labels, keys = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
-        mixed = (labels, torch.zeros(n)) if config.mixing.enabled else (None, None)
-        images = torch.zeros(n, 3, side, side).to(memory_format=torch.channels_last)
-        ledger = Ledger()
-        for parameter in network.parameters():
-            parameter.register_post_accumulate_grad_hook(ledger.forget_gradient)
-        with ledger:
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "bf16"):
-                loss = task.loss(network.train(), Inputs(images, labels, keys, *mixed))
-            loss.backward()
-    return ledger.peak
+    sharded = plain.engine.name == "fsdp"
+    options = dataclasses.replace(plain.engine, name="fsdp" if sharded else "ddp", compile=False, apex_layer_norm=False)
+    size = ranks if sharded else 1
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    ledger = Ledger()
+    try:
+        with (
+            imaginary_ranks(size) if sharded else nullcontext(),
+            FakeTensorMode(),
+            torch.random.fork_rng(devices=[]),
+            ledger,
+            resizes(ledger),
+        ):
+            ledger.kind = "weights"
+            task = build_task(plain.task, plain.model, plain.data)
+            network = task.build_model()
+            network.to = lambda *_, **__: network  # type: ignore[method-assign]  # parameters without numbers cannot be
+            world = World(0, size, torch.device("cpu"), None)  # type: ignore[arg-type]  # nobody to agree with
+            ledger.kind = "moments"
+            engine = build_engine(network, world, options, plain.optimizer)
+            for parameter in network.parameters():
+                ledger.call(parameter, "weights")
+            ledger.kind = "average"
+            average = Ema(engine.weights(), plain.ema) if plain.ema.enabled else None
+            for parameter in network.parameters():
+                hook = ledger.forget_gradient if gradients_apart else ledger.note_gradient
+                parameter.register_post_accumulate_grad_hook(hook)
+            steps(plain, task, engine, ledger, plain.steps.share(ranks))
+            if average is not None:
+                average.update(0)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+    return ledger.parts_at_peak
+
+
+def steps(config: Config, task: Any, engine: Engine, ledger: Ledger, share: int) -> None:
+    """One optimizer step over `share` samples; the ledger's peak is counted from its beginning."""
+    from dgt.tasks.task import Inputs
+
+    side, micro = config.data.largest_image_size, min(config.steps.micro_batch_size, share)
+    ledger.kind = "inputs"
+    pixels = torch.zeros(share, side, side, 3, dtype=torch.uint8)
+    ledger.kind = "activations"
+
+    def loss_of(model: nn.Module, part: slice) -> Tensor:
+        images = pixels[part].float().permute(0, 3, 1, 2)  # normalised in place
+        labels = torch.zeros(len(images), dtype=torch.int64)
+        if not config.mixing.enabled:
+            return task.loss(model, Inputs(images, labels, labels))
+        mixed = images + images  # images and their partners make images of the same size
+        return task.loss(model, Inputs(mixed, labels, labels, labels, torch.zeros(len(images))))
+
+    def accept(loss: float, norm: float) -> bool:
+        for parameter in engine.network.parameters():
+            if parameter.grad is not None:
+                ledger.call(parameter.grad, "gradients")
+        return True
+
+    # Two micro-batches behave as all of them do: the first finds no gradients, the others do; the last may be smaller.
+    parts = [slice(i, i + micro) for i in range(0, share, micro)]
+    ledger.begin()
+    engine.train_step(parts[:2] if len(parts) > 1 else parts, loss_of, 1.0, accept)
+
+
+@contextmanager
+def imaginary_ranks(size: int) -> Iterator[None]:
+    """A world of `size` ranks of which only rank 0 exists; what the others send has shapes, but no numbers."""
+    import torch.distributed as dist
+    import torch.distributed._tools.fake_collectives  # noqa: F401  (collectives of tensors without numbers)
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from dgt.training.parallel import fsdp
+
+    real = fsdp.init_device_mesh
+
+    def mesh(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():  # who is where are numbers
+            return real(*args, **kwargs)
+
+    if dist.is_initialized():
+        raise RuntimeError("memory cannot be estimated in a process that has joined other ranks")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)  # type: ignore[no-untyped-call]
+    try:
+        with mock.patch.object(fsdp, "init_device_mesh", mesh):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def resizes(ledger: Ledger) -> Iterator[None]:
+    """Tells the ledger of storages whose size changes while they live, as FSDP's do; no operation is seen of it."""
+    real = torch.UntypedStorage.resize_
+
+    def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        result = real(storage, size)
+        ledger.resized(storage)
+        return result
+
+    with mock.patch.object(torch.UntypedStorage, "resize_", resize):
+        yield
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, while they live."""
+    """Counts the bytes of all storages that operations make, while they live, by what they are for."""
 
     def __init__(self) -> None:
         super().__init__()
         self.held = self.peak = 0
-        self.alive: dict[int, int] = {}
+        self.kind = "activations"
+        """What storages that come are for."""
+        self.alive: dict[int, tuple[int, str]] = {}
+        self.parts: Counter[str] = Counter()
+        self.parts_at_peak: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0  # what is read where there are no numbers
         results = func(*args, **(kwargs or {}))
-        before = {key_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        before = {key_of(t) for t in given}
         for tensor in tree_leaves(results):
             if isinstance(tensor, Tensor) and key_of(tensor) not in before:
                 self.count(tensor)
+        if func.namespace == "c10d" and self.kind == "activations":
+            for tensor in given:
+                self.call(tensor, "buffers", only="activations")
         return results
+
+    def begin(self) -> None:
+        """Forgets the peak so far."""
+        self.peak, self.parts_at_peak = self.held, self.parts.copy()
 
     def count(self, tensor: Tensor) -> None:
         """Enters the tensor's storage, until it dies."""
-        storage, key = tensor.untyped_storage(), key_of(tensor)
-        if key in self.alive:
-            return
-        self.alive[key] = storage.nbytes()
-        self.held += storage.nbytes()
-        self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self.drop, key)
+        storage = storage_of(tensor)
+        key = storage._cdata
+        if key not in self.alive:
+            self.enter(key, storage.nbytes(), self.kind)
+            weakref.finalize(storage, self.drop, key)
+
+    def enter(self, key: int, size: int, kind: str) -> None:
+        """Adds a storage, and looks whether there has ever been as much."""
+        self.alive[key] = (size, kind)
+        self.held += size
+        self.parts[kind] += size
+        if self.held > self.peak:
+            self.begin()
 
     def drop(self, key: int) -> None:
         """Strikes a storage out."""
-        self.held -= self.alive.pop(key, 0)
+        size, kind = self.alive.pop(key, (0, self.kind))
+        self.held -= size
+        self.parts[kind] -= size
+
+    def call(self, tensor: Tensor, kind: str, only: str | None = None) -> None:
+        """Says what a storage is for, in place of what was thought (if that was `only`)."""
+        key = key_of(tensor)
+        size, before = self.alive.get(key, (0, kind))
+        if before != kind and only in (None, before):
+            self.alive[key] = (size, kind)
+            self.parts[before] -= size
+            self.parts[kind] += size
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Enters a new size."""
+        if storage._cdata in self.alive:
+            self.drop(storage._cdata)
+            self.enter(storage._cdata, storage.nbytes(), "buffers")
+
+    def note_gradient(self, parameter: Tensor) -> None:
+        """A gradient has been accumulated."""
+        if parameter.grad is not None:
+            self.call(parameter.grad, "gradients")
 
     def forget_gradient(self, parameter: Tensor) -> None:
         """Gradients are entered elsewhere."""
@@ -153,5 +315,11 @@ class Ledger(TorchDispatchMode):
 
 
 def key_of(tensor: Tensor) -> int:
-    """Identifies a tensor's storage while it lives."""
-    return tensor.untyped_storage()._cdata
+    """Identifies a tensor's storage while it lives; of a sharded tensor, that of its part here."""
+    return storage_of(tensor)._cdata
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage:
+    """The storage of a tensor, of a sharded one that of its part here."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    return local.untyped_storage()

@@ -1,11 +1,25 @@
-"""What a dry run prints: everything that the job would be, in plain text."""
+"""What a run will need, before it is started: memory, time, traffic, checkpoints. docs/planning.md explains it.
+
+As a program it prints the plan of a configuration on a cluster, the memory of every engine and precision, and what to
+expect on 1 to 4,096 nodes; `launch/submit.py --dry-run` prints the first of these beside the job.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+if not __package__:  # started as a file: what is imported must come from beside it, and `launch` is a package
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
+
+from launch import checks, goodput, profiles, program, traffic
 from launch.layout import Layout
+from launch.profiles import Profile
 
 if TYPE_CHECKING:
     from torch import nn
@@ -13,31 +27,77 @@ if TYPE_CHECKING:
     from dgt.config import Config
 
 WIDTH = 100
+LONGEST_RUN = 30 * 86400.0
+"""Seconds of the runs that are simulated, and the longest time between checkpoints that is recommended."""
+UNKNOWN = "unknown"
 
 
-def describe(
-    config: Config, layout: Layout, network: nn.Module, samples: int | None, job: str, warnings: Sequence[str]
-) -> str:
-    """The whole text. `samples`: size of the training split, None where unknown; `job`: what would be executed."""
+@dataclass(frozen=True)
+class Plan:
+    """What is planned."""
+
+    config: Config
+    layout: Layout
+    profile: Profile
+    network: nn.Module
+    """Without memory for its weights."""
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-accumulates of one image's forward pass; None where the network does not say."""
+        side = self.config.data.largest_image_size
+        return self.network.macs(side, side) if hasattr(self.network, "macs") else None  # type: ignore[operator]
+
+    def step_time(self) -> traffic.StepTime:
+        """Bounds of a step."""
+        sent = traffic.volume(self.config, parameters(self.network), self.layout.ranks)
+        return traffic.step_time(self.config, self.layout, self.profile.hardware, self.macs, sent)
+
+
+def parameters(network: nn.Module) -> int:
+    """Number of weights."""
+    from launch import memory
+
+    return memory.parameters(network)
+
+
+def describe(plan: Plan, samples: int | None, job: str, warnings: Sequence[str]) -> str:
+    """What a dry run prints. `samples`: size of the training split, None: unknown; `job`: what would be started."""
     from dgt.config import to_yaml
 
-    sections = [
-        ("configuration", to_yaml(config).rstrip()),
-        ("job", job.rstrip()),
-        ("processes", table(processes(config, layout))),
-        ("network", table(size(config, network))),
-        ("memory of one rank (estimate)", table(memory(config, layout, network)) + "\n" + MEMORY_NOTE),
-        ("length", table(length(config, samples))),
-        ("checkpoints", table(checkpoints(config, network))),
-        ("warnings", "\n".join(f"- {warning}" for warning in warnings) or "none"),
-    ]
+    config = plan.config
+    return in_words(
+        [
+            ("configuration", to_yaml(config).rstrip()),
+            ("job", job.rstrip()),
+            *needs(plan),
+            ("length", table(length(config, samples))),
+            ("checkpoints", table(checkpoints(config, plan.network))),
+            ("warnings", "\n".join(f"- {warning}" for warning in warnings) or "none"),
+        ]
+    )
+
+
+def needs(plan: Plan) -> Iterator[tuple[str, str]]:
+    """The sections that are the same for a dry run and for the program."""
+    yield "processes", table(processes(plan.config, plan.layout))
+    yield "network", table(size(plan.config, plan.network))
+    yield "memory of one rank (estimate)", table(memory(plan.config, plan.layout, plan.network)) + "\n" + MEMORY_NOTE
+    yield "a step (bounds)", table(step(plan)) + "\n" + STEP_NOTE
+
+
+def in_words(sections: Sequence[tuple[str, str]]) -> str:
+    """Titles and bodies as one text."""
     return "\n\n".join(f"{f'== {title} ':=<{WIDTH}}\n{body}" for title, body in sections)
 
 
 MEMORY_NOTE = """\
-Weights, gradients, moments and average by their number; activations by passing one micro-batch forward and backward
-as shapes without numbers, with the operations of the CPU. The CUDA context, NCCL and unused rests of the allocator
-come on top, 1 to 2 GB as a rule."""
+Found by taking one optimizer step with shapes without numbers, with the operations of the CPU. The CUDA context, NCCL
+and unused rests of the allocator come on top, 1 to 2 GB as a rule."""
+
+STEP_NOTE = """\
+Bounds from the profile's hardware section, not measurements: at least the longest of arithmetic at the GPU's peak,
+communication and reading; about at most arithmetic at the stated share of the peak, and communication after it."""
 
 
 def processes(config: Config, layout: Layout) -> list[tuple[str, str]]:
@@ -58,8 +118,6 @@ def processes(config: Config, layout: Layout) -> list[tuple[str, str]]:
 
 def size(config: Config, network: nn.Module) -> list[tuple[str, str]]:
     """Parameters and arithmetic."""
-    from launch.memory import parameters
-
     side = config.data.largest_image_size
     rows = [("model", config.model.name), ("parameters", f"{parameters(network):,}")]
     if hasattr(network, "macs"):
@@ -73,18 +131,54 @@ def memory(config: Config, layout: Layout, network: nn.Module) -> list[tuple[str
     from launch.memory import estimate
 
     found = estimate(config, network, layout.ranks)
-    whole = config.engine.name == "ddp"
     rows = [
-        ("weights" if whole else "weights (shard)", found.weights),
+        ("weights", found.weights),
         ("gradients", found.gradients),
-        ("AdamW moments", found.moments),
+        (f"moments ({config.optimizer.name})", found.moments),
         ("EMA", found.average),
-        ("casts of weights" if whole else "gathered weights", found.gathered),
+        (f"buffers of {config.engine.name}", found.buffers),
         (f"activations (checkpointing: {config.engine.activation_checkpointing})", found.activations),
         ("images", found.inputs),
         ("sum", found.total),
     ]
     return [(name, gigabytes(value)) for name, value in rows]
+
+
+def step(plan: Plan) -> list[tuple[str, str]]:
+    """What one step computes, sends and reads, and how long it takes at least and about at most."""
+    config, layout, hardware = plan.config, plan.layout, plan.profile.hardware
+    sent = traffic.volume(config, parameters(plan.network), layout.ranks)
+    times = plan.step_time()
+    share = config.steps.share(layout.ranks)
+    work = f"{traffic.flops(config, plan.macs, share) / 1e12:.3g} Tflop" if plan.macs else UNKNOWN
+    rows = [
+        ("arithmetic of a rank", f"{work}; at peak {seconds(times.peak)}, at {hardware.reached_share:g} of it "
+         f"{seconds(times.stated)}"),
+        ("sent by a rank", f"{gigabytes(round(sent.total))}; {seconds(times.exchange)}"),
+        ("read by a node", f"{gigabytes(round(node_bytes(plan)))}; {seconds(times.reading)}"),
+        ("a step takes", f"{seconds(times.lower)} to {seconds(times.upper)}"),
+    ]  # fmt: skip
+    if times.lower and times.upper:
+        size = config.steps.global_batch_size
+        rows.append(("images/s", f"{size / times.upper:,.0f} to {size / times.lower:,.0f}"))
+        needed = [gigabytes(round(node_bytes(plan) / t)) for t in (times.upper, times.lower)]
+        rows.append(("shards/s of a node", f"{needed[0]} to {needed[1]} ({hardware.image_kb:g} kB an image)"))
+    missing = [f"hardware.{name}" for name in unknown(plan)]
+    return [*rows, ("not in the profile", ", ".join(missing))] if missing else rows
+
+
+def node_bytes(plan: Plan) -> float:
+    """Bytes of encoded images that a node reads in a step."""
+    share = plan.config.steps.share(plan.layout.ranks)
+    return share * plan.layout.processes_per_node * plan.profile.hardware.image_kb * 1e3
+
+
+def unknown(plan: Plan) -> list[str]:
+    """Fields of the hardware that bounds and goodput need and the profile does not give."""
+    hardware = plan.profile.hardware
+    names = ["intra_node_gb_s", "inter_node_gb_s", "host_copy_gb_s", "read_gb_s", "write_gb_s", "node_mtbf_hours"]
+    absent = [name for name in [*names, "restart_seconds"] if getattr(hardware, name) is None]
+    return (["gpu"] if hardware.peak(plan.config.engine.precision) is None else []) + absent
 
 
 def length(config: Config, samples: int | None) -> list[tuple[str, str]]:
@@ -109,12 +203,110 @@ def checkpoints(config: Config, network: nn.Module) -> list[tuple[str, str]]:
     from launch.memory import checkpoint_bytes
 
     one, kept = checkpoint_bytes(config, network), config.checkpoint.keep_last + 1
+    forever = config.checkpoint.keep_every_steps
     return [
-        ("size of one", gigabytes(one)),
+        ("size of one", f"{gigabytes(one)} (float32 weights, moments{', EMA' if config.ema.enabled else ''})"),
         ("every", f"{config.checkpoint.every_steps:,} steps, at a better evaluation, at an interruption, at the end"),
-        ("kept", f"the last {config.checkpoint.keep_last} and the best, {gigabytes(kept * one)}"),
+        ("kept", f"the last {config.checkpoint.keep_last} and the best"),
+        ("disk", f"{gigabytes((kept + 1) * one)}, one that is being written included"
+         + (f", and {gigabytes(one)} for every {forever:,} steps" if forever else "")),
         ("folder", str(config.run_dir / "checkpoints")),
+    ]  # fmt: skip
+
+
+def modes(plan: Plan) -> str:
+    """Memory of a rank for every engine, precision and kind of recomputation, as a table."""
+    import dataclasses
+
+    from launch.memory import estimate
+
+    columns = ("engine", "precision", "checkpointing", "weights", "gradients", "moments", "EMA", "buffers",
+               "activations", "sum")  # fmt: skip
+    rows, stages = [columns], (("ddp", 0), ("fsdp", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3))
+    kinds = ("none", "selective", "full") if hasattr(plan.network, "set_grad_checkpointing") else ("none",)
+    for precision in ("fp32", "bf16"):
+        for kind in kinds:
+            for name, stage in stages:
+                engine = dataclasses.replace(
+                    plan.config.engine, name=name, precision=precision, activation_checkpointing=kind,
+                    deepspeed=dataclasses.replace(plan.config.engine.deepspeed, stage=stage or 2),
+                )  # type: ignore[arg-type]  # fmt: skip
+                found = estimate(dataclasses.replace(plan.config, engine=engine), plan.network, plan.layout.ranks)
+                parts = (found.weights, found.gradients, found.moments, found.average, found.buffers,
+                         found.activations, found.total)  # fmt: skip
+                label = f"ZeRO {stage}" if stage else name
+                rows.append((label, precision, kind, *(f"{value / 1e9:.2f}" for value in parts)))
+    return grid(rows) + "\nGB (10^9 bytes) of one rank. ZeRO's are computed from the papers' formulas, not measured."
+
+
+def scale(plan: Plan, runs: int = 200, seed: int = 0) -> str:
+    """Recommended checkpoint interval and expected goodput on 1 to 4,096 nodes, as a table; an estimate."""
+    found = cluster(plan)
+    if isinstance(found, str):
+        return found
+    step_seconds = plan.step_time().upper
+    assert step_seconds is not None
+    rows = [
+        ("nodes", "GPUs", "MTBF h", "stall s", "every min", "steps", "Young min", "goodput", "+-", "5 to 95 %", "input")
     ]
+    for row in goodput.at_scale(found, LONGEST_RUN, runs=runs, seed=seed):
+        faults, good = found.faults(row.nodes), row.goodput
+        rows.append((
+            f"{row.nodes:,}", f"{row.nodes * plan.layout.processes_per_node:,}",
+            f"{1 / faults.failure_rate / 3600:,.1f}", f"{faults.stall:.2g}", f"{row.interval / 60:,.1f}",
+            f"{max(1, round(row.interval / step_seconds)):,}", f"{row.young / 60:,.1f}", f"{good.mean:.4f}",
+            f"{goodput.Z95 * good.error:.4f}", f"{good.low:.3f} to {good.high:.3f}", f"{row.input_share:.2f}",
+        ))  # fmt: skip
+    return grid(rows) + "\n" + SCALE_NOTE.format(runs=runs, step=seconds(step_seconds))
+
+
+SCALE_NOTE = """\
+An estimate: {runs} simulated runs of 30 days a row, each rank with the work of this plan ({step} a step, so the
+global batch grows with the nodes), the profile's node MTBF, restart and storage. +- holds the mean with 95 %; "input"
+is the share of the speed that the storage can feed, by which goodput is multiplied."""
+
+
+def cluster(plan: Plan) -> goodput.Cluster | str:
+    """What goodput depends on, or which of it is not in the profile."""
+    from launch.memory import checkpoint_bytes
+
+    hardware, upper = plan.profile.hardware, plan.step_time().upper
+    missing = [f"hardware.{name}" for name in unknown(plan)]
+    needed = ("gpu", "host_copy_gb_s", "write_gb_s", "node_mtbf_hours", "restart_seconds")
+    if upper is None or any(name in unknown(plan) for name in needed):
+        return f"unknown: the profile does not say {', '.join(missing)}"
+    one = checkpoint_bytes(plan.config, plan.network)
+    # Every rank copies its own part; the copies of whole tensors (ddp) divide them among themselves.
+    stall = one / plan.layout.ranks / (hardware.host_copy_gb_s * 1e9)
+    if not plan.config.checkpoint.asynchronous:
+        stall += one / (hardware.write_gb_s * plan.layout.nodes * 1e9)
+    return goodput.Cluster(
+        node_mtbf=hardware.node_mtbf_hours * 3600,
+        stall=max(stall, LEAST_STALL),
+        commit_of=one,
+        write_per_node=hardware.write_gb_s * 1e9,
+        restart=hardware.restart_seconds,
+        bytes_per_node=node_bytes(plan) / upper,
+        read_per_node=hardware.read_gb_s * 1e9 if hardware.read_gb_s else None,
+        storage=hardware.storage_gb_s * 1e9 if hardware.storage_gb_s else None,
+    )
+
+
+LEAST_STALL = 0.1
+"""Seconds that a checkpoint costs at least: ranks agree, and thousands of tensors are copied one by one."""
+
+
+def seconds(value: float | None) -> str:
+    """A time in words."""
+    if value is None:
+        return UNKNOWN
+    return f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def grid(rows: Sequence[Sequence[str]]) -> str:
+    """Columns, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows)
 
 
 def gigabytes(value: int) -> str:
@@ -126,3 +318,55 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
     """Two columns."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options."""
+    result = argparse.ArgumentParser(prog="dgt-plan", description=__doc__.splitlines()[0] if __doc__ else None)
+    result.add_argument("--config", required=True, metavar="FILE", help="configuration, YAML")
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps.micro_batch_size=256")
+    result.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: %(default)s)")
+    result.add_argument("--gpus-per-node", type=int, metavar="M", help="default: the profile's")
+    result.add_argument(
+        "--profile", metavar="NAME", help="slurm/profiles/NAME.yaml, or a path (default: this cluster's)"
+    )
+    result.add_argument("--modes", action="store_true", help="also the memory of every engine and precision")
+    result.add_argument("--seed", type=int, default=0, help="of the simulated failures (default: %(default)s)")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the plan; returns the exit status."""
+    chosen = parser().parse_intermixed_args(argv)
+    return program.guarded("dgt-plan", lambda: show(chosen))
+
+
+def show(chosen: argparse.Namespace) -> int:
+    """Makes the plan and prints it, section by section."""
+    plan = planned(chosen)
+    sections = [*needs(plan), ("checkpoints", table(checkpoints(plan.config, plan.network)))]
+    if chosen.modes:
+        sections.append(("memory of one rank, every mode (estimate)", modes(plan)))
+    sections.append(("goodput on 1 to 4,096 nodes (estimate)", scale(plan, seed=chosen.seed)))
+    print(in_words(sections))
+    return 0
+
+
+def planned(chosen: argparse.Namespace) -> Plan:
+    """What the command line asks for. Raises LaunchError or ConfigError for what cannot be planned."""
+    from dgt.config import load
+    from launch.runs import LaunchError
+
+    for option in ("nodes", "gpus_per_node"):
+        value = getattr(chosen, option)
+        if value is not None and value < 1:
+            raise LaunchError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    profile = profiles.load(chosen.profile, {}, ask_slurm=False)
+    layout = Layout("slurm", chosen.nodes, chosen.gpus_per_node or profile.gpus_per_node, use_gpus=True)
+    config = load(chosen.config, chosen.overrides)
+    checks.batches(config, layout.ranks)
+    return Plan(config, layout, profile, checks.network(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

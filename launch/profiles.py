@@ -86,6 +86,56 @@ class Detect:
 
 
 @dataclass(frozen=True)
+class Hardware:
+    """What `launch/plan.py` needs to know of the nodes; None is unknown, and the plan says what it cannot tell then.
+
+    Speeds are 10^9 bytes/s. Measured ones (slurm/health_check.py) are better than a data sheet's.
+    """
+
+    gpu: str | None = None
+    """Such as H100: the peaks of dgt/training/flops.py are taken."""
+    peak_tflops: float | None = None
+    """Peak of one GPU in the run's precision, 10^12 dense operations/s, in place of the GPU's data sheet."""
+    reached_share: float = 0.35
+    """Share of the peak that training is assumed to reach, for the upper bound of a step's time; a run's speed/mfu
+    tells yours."""
+    intra_node_gb_s: float | None = None
+    """What one GPU sends to others of its node (NVLink: half of the sheet's sum of both directions)."""
+    inter_node_gb_s: float | None = None
+    """What one GPU sends to other nodes, its share of the node's adapters."""
+    host_copy_gb_s: float | None = None
+    """From one GPU's memory to the host's, pinned; decides how long a checkpoint stops the training."""
+    read_gb_s: float | None = None
+    """What one node reads from the storage of the shards and checkpoints."""
+    write_gb_s: float | None = None
+    """What one node writes to it."""
+    storage_gb_s: float | None = None
+    """What the storage serves to all nodes together."""
+    image_kb: float = 110.0
+    """Mean size of an encoded image, 10^3 bytes; ImageNet-1K's training images are of 138 GB / 1.28 million."""
+    node_mtbf_hours: float | None = None
+    """Mean time between failures of one node that end a job."""
+    restart_seconds: float | None = None
+    """From a failure to the first step, without reading the checkpoint: requeueing, health check, imports, NCCL."""
+
+    def __post_init__(self) -> None:
+        _positive(self, *(f.name for f in dataclasses.fields(self) if f.name not in ("gpu", "restart_seconds")))
+        if self.reached_share > 1:
+            raise ValueError(f"reached_share: is a share, in (0, 1], got {self.reached_share:g}")
+        if (self.restart_seconds or 0) < 0:
+            raise ValueError(f"restart_seconds: must be 0 or more, got {self.restart_seconds:g}")
+
+    def peak(self, precision: str) -> float | None:
+        """Peak of one GPU in a precision of `EngineConfig`, 10^12 operations/s; None where unknown."""
+        from dgt.training.flops import peak_flops
+
+        if self.peak_tflops is not None or self.gpu is None:
+            return self.peak_tflops
+        found = peak_flops(self.gpu, precision)
+        return found / 1e12 if found else None
+
+
+@dataclass(frozen=True)
 class Profile:
     """What sbatch is asked for and what surrounds the ranks; None leaves the cluster's own default."""
 
@@ -136,6 +186,7 @@ class Profile:
     scratch: Mapping[str, float] = field(default_factory=dict)
     """Path (the node's variables are filled in) -> GB, 10^9 bytes, that must be free there before the ranks start."""
     health: Health = field(default_factory=Health)
+    hardware: Hardware = field(default_factory=Hardware)
     detect: Detect = field(default_factory=Detect)
     sbatch: Mapping[str, Any] = field(default_factory=dict)
     """Any other options of sbatch, by their long names; true for one without a value."""

@@ -93,9 +93,8 @@ def show(request: Request, found: Checked) -> str:
     except checks.known_errors():  # it is among the problems found
         samples = None
     job = submission.described(request)
-    return plan.describe(
-        request.config, request.layout, found.network, samples, job, [*found.problems, *found.warnings]
-    )
+    planned = plan.Plan(request.config, request.layout, request.profile, found.network)
+    return plan.describe(planned, samples, job, [*found.problems, *found.warnings])
 
 
 def prepare(chosen: argparse.Namespace) -> int:

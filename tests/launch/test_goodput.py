@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -82,7 +83,7 @@ def test_table_covers_one_to_4096_nodes_and_falls_with_their_number() -> None:
     rows = at_scale(CLUSTER, 30 * 24 * HOUR, runs=50)
     assert [row.nodes for row in rows] == list(NODES) == [2**i for i in range(13)]
     means = [row.goodput.mean for row in rows]
-    assert all(later < sooner + 1e-3 for sooner, later in zip(means, means[1:], strict=False))
+    assert all(later < sooner + 1e-3 for sooner, later in itertools.pairwise(means))
     intervals = [row.interval for row in rows if row.interval < 30 * 24 * HOUR]
     assert intervals == sorted(intervals, reverse=True)
     assert rows[-1].young == pytest.approx(math.sqrt(2 * 2.0 * 5 * YEAR / 4096))
