@@ -243,6 +243,8 @@ def imported() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # the loop itself reports steps that are not taken
     # Collectives of its own for CPUs, for inference alone; it would compile them here and now.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It keeps groups of ranks for the whole process; an earlier run in it has left those that they were made of.
+    deepspeed.utils.groups._release_process_group_references(group=None)
     return deepspeed
 
 
