@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# Many processes and threads share few cores here: an idle one must sleep, not spin. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 if os.environ.get("CI") == "true":  # everything is installed there: a package that is missing is a failure, not a skip
     pytest.importorskip = lambda name, *_, **__: importlib.import_module(name)  # type: ignore[assignment]
 
