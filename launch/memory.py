@@ -214,7 +214,7 @@ def imaginary_ranks(size: int) -> Iterator[None]:
 
     if dist.is_initialized():
         raise RuntimeError("memory cannot be estimated in a process that has joined other ranks")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)  # type: ignore[no-untyped-call]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
         with mock.patch.object(fsdp, "init_device_mesh", mesh):
             yield

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # started as a file: what is imported must come from beside it, and `launch` is a package
     here = Path(__file__).resolve().parent
@@ -222,15 +222,16 @@ def modes(plan: Plan) -> str:
 
     columns = ("engine", "precision", "checkpointing", "weights", "gradients", "moments", "EMA", "buffers",
                "activations", "sum")  # fmt: skip
-    rows, stages = [columns], (("ddp", 0), ("fsdp", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3))
+    rows: list[tuple[str, ...]] = [columns]
+    stages = (("ddp", 0), ("fsdp", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3))
     kinds = ("none", "selective", "full") if hasattr(plan.network, "set_grad_checkpointing") else ("none",)
     for precision in ("fp32", "bf16"):
         for kind in kinds:
             for name, stage in stages:
-                engine = dataclasses.replace(
-                    plan.config.engine, name=name, precision=precision, activation_checkpointing=kind,
-                    deepspeed=dataclasses.replace(plan.config.engine.deepspeed, stage=stage or 2),
-                )  # type: ignore[arg-type]  # fmt: skip
+                changes: dict[str, Any] = {"name": name, "precision": precision, "activation_checkpointing": kind}
+                zero: dict[str, Any] = {"stage": stage or 2}
+                deepspeed = dataclasses.replace(plan.config.engine.deepspeed, **zero)
+                engine = dataclasses.replace(plan.config.engine, deepspeed=deepspeed, **changes)
                 found = estimate(dataclasses.replace(plan.config, engine=engine), plan.network, plan.layout.ranks)
                 parts = (found.weights, found.gradients, found.moments, found.average, found.buffers,
                          found.activations, found.total)  # fmt: skip
@@ -271,21 +272,22 @@ def cluster(plan: Plan) -> goodput.Cluster | str:
     from launch.memory import checkpoint_bytes
 
     hardware, upper = plan.profile.hardware, plan.step_time().upper
-    missing = [f"hardware.{name}" for name in unknown(plan)]
-    needed = ("gpu", "host_copy_gb_s", "write_gb_s", "node_mtbf_hours", "restart_seconds")
-    if upper is None or any(name in unknown(plan) for name in needed):
-        return f"unknown: the profile does not say {', '.join(missing)}"
+    copy, write, mtbf, restart = (
+        hardware.host_copy_gb_s, hardware.write_gb_s, hardware.node_mtbf_hours, hardware.restart_seconds,
+    )  # fmt: skip
+    if upper is None or copy is None or write is None or mtbf is None or restart is None:
+        return f"unknown: the profile does not say {', '.join(f'hardware.{name}' for name in unknown(plan))}"
     one = checkpoint_bytes(plan.config, plan.network)
     # Every rank copies its own part; the copies of whole tensors (ddp) divide them among themselves.
-    stall = one / plan.layout.ranks / (hardware.host_copy_gb_s * 1e9)
+    stall = one / plan.layout.ranks / (copy * 1e9)
     if not plan.config.checkpoint.asynchronous:
-        stall += one / (hardware.write_gb_s * plan.layout.nodes * 1e9)
+        stall += one / (write * plan.layout.nodes * 1e9)
     return goodput.Cluster(
-        node_mtbf=hardware.node_mtbf_hours * 3600,
+        node_mtbf=mtbf * 3600,
         stall=max(stall, LEAST_STALL),
         commit_of=one,
-        write_per_node=hardware.write_gb_s * 1e9,
-        restart=hardware.restart_seconds,
+        write_per_node=write * 1e9,
+        restart=restart,
         bytes_per_node=node_bytes(plan) / upper,
         read_per_node=hardware.read_gb_s * 1e9 if hardware.read_gb_s else None,
         storage=hardware.storage_gb_s * 1e9 if hardware.storage_gb_s else None,
