@@ -127,7 +127,9 @@ def rank_main(rank: int, port: int, engine: str, folder: Path, options: dict[str
         }
         rounds: list[dict[str, Any]] = []
         for number in range(options["rounds"] + 1):
-            found: dict[str, Any] = {"step_seconds": statistics.median(timed(step) for _ in range(5))}
+            found: dict[str, Any] = {
+                "step_seconds": statistics.median(timed(lambda: step(lambda: None)) for _ in range(5))
+            }
             for mode in MODES if number % 2 else MODES[::-1]:
                 found[mode] = one_save(savers[mode], number, step, pieces(), world)
             rounds += [slowest(world.gather(found))] if number else []
@@ -138,8 +140,13 @@ def rank_main(rank: int, port: int, engine: str, folder: Path, options: dict[str
             sender.send(rounds)
 
 
-def training(engine_name: str, world: Any, options: dict[str, Any]) -> tuple[Callable[[], object], Callable[[], Any]]:
-    """A function that takes one training step, and one that gives this rank's pieces of the whole state."""
+def training(
+    engine_name: str, world: Any, options: dict[str, Any]
+) -> tuple[Callable[[Callable[[], None]], object], Callable[[], Any]]:
+    """A function that takes one training step, and one that gives this rank's pieces of the whole state.
+
+    The step calls what it is given before it changes anything.
+    """
     import timm
     import torch
 
@@ -155,9 +162,14 @@ def training(engine_name: str, world: Any, options: dict[str, Any]) -> tuple[Cal
     images = torch.randn(1, 3, options["image_size"], options["image_size"], device=world.device)
     steps = 0
 
-    def step() -> None:
+    def step(let_change: Callable[[], None]) -> None:
         nonlocal steps
-        engine.train_step([images], lambda model, x: model(x).square().mean() / world.size, 1e-4, lambda *_: True)
+
+        def accept(loss: float, norm: float) -> bool:
+            let_change()
+            return True
+
+        engine.train_step([images], lambda model, x: model(x).square().mean() / world.size, 1e-4, accept)
         ema.update(steps)
         steps += 1
 
@@ -174,13 +186,15 @@ def timed(act: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def one_save(saver: Any, number: int, step: Callable[[], object], pieces: Any, world: Any) -> dict[str, Any]:
+def one_save(
+    saver: Any, number: int, step: Callable[[Callable[[], None]], object], pieces: Any, world: Any
+) -> dict[str, Any]:
     """Saves once, and trains until it is done."""
     world.barrier()
     saver.begin(number, pieces, {"progress": {}})
     steps = []
     while not saver.is_done():
-        steps.append(timed(step))
+        steps.append(timed(lambda: step(saver.let_change)))
     saved = saver.finish()
     if saved.error:
         raise SystemExit(saved.error)

@@ -49,6 +49,10 @@ class Keeper:
         self.saver.begin(self.progress.step, self.pieces(), facts)
         return concluded and (self.config.checkpoint.asynchronous or self.conclude())
 
+    def let_change(self) -> None:
+        """Waits until weights, moments and averages may change; called before each change."""
+        self.saver.let_change()
+
     def conclude_if_done(self) -> None:
         """Reports a save that has ended beside the training."""
         if self.saver.is_done():

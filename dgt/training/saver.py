@@ -1,5 +1,6 @@
-"""Saving while training goes on: training stops only for the copy to host memory; a thread writes and commits it.
+"""Saving while training goes on: a thread copies the state to host memory, writes and commits it.
 
+The copy is made while the next gradients are computed, which change nothing of the state; the update waits for its end.
 The thread agrees with the other ranks' threads over a process group of its own, so that its collectives never meet the
 loop's. All ranks conclude a save at the same point of the loop, and with the same words. Hashing and writing let go of
 the interpreter for megabytes at a time; a process that ends with a save under way leaves an unfinished folder behind.
@@ -12,7 +13,8 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,10 @@ from dgt.training.pieces import Piece, Pieces
 from dgt.training.world import COLLECTIVE_TIMEOUT, World
 
 log = logging.getLogger("dgt")
+
+SMALL = 1 << 14
+"""Elements of tensors that are copied at once: a forward pass may change running statistics, a verdict the loss scale,
+and the copy of them all takes a few milliseconds."""
 
 SECONDS_AT_EXIT = 30.0
 """How long a rank that fails waits for its save under way, which the other ranks may still bring to its end."""
@@ -44,7 +50,7 @@ class Saved:
     seconds: float
     """From the first tensor to the end of the save."""
     stall: float
-    """Seconds for which training stood still: for the copy, and where the end was waited for."""
+    """Seconds for which training stood still: where the copy or the end was waited for."""
 
 
 class HostMemory:
@@ -53,15 +59,14 @@ class HostMemory:
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
 
-    def copy(self, pieces: Pieces) -> Pieces:
-        """The shares of `pieces` that this rank saves, with memory of their own."""
+    def copy(self, pieces: Pieces, ready: Callable[[], AbstractContextManager[Any]]) -> Pieces:
+        """The shares of `pieces` that this rank saves, with memory of their own; `ready`: see `Saver.begin`."""
         copies = {}
-        for name, piece in pieces.items():
-            share = piece.share()
-            copies[name] = Piece(self.buffer(name, share.local), piece.shape, share.start)
-            copies[name].local.copy_(share.local, non_blocking=True)
-        if any(piece.local.is_cuda for piece in pieces.values()):
-            torch.cuda.synchronize()
+        with ready():
+            for name, piece in pieces.items():
+                share = piece.share()
+                copies[name] = Piece(self.buffer(name, share.local), piece.shape, share.start)
+                copies[name].local.copy_(share.local, non_blocking=True)
         return copies
 
     def buffer(self, name: str, like: Tensor) -> Tensor:
@@ -84,39 +89,49 @@ class Saver:
             self.writers = dataclasses.replace(world, control=group)
         self.host = HostMemory()
         self.thread: threading.Thread | None = None
+        self.copied = threading.Event()
+        self.stall = 0.0
         self.ended: Saved | None = None
         self.failure: BaseException | None = None
 
     def begin(self, step: int, pieces: Pieces, facts: dict[str, Any]) -> None:
-        """Starts to save; called after `finish`. `pieces` and `facts` may change once it has returned."""
-        started, facts = time.perf_counter(), copy.deepcopy(facts)
-        failure = None
+        """Starts to save; called after `finish`.
+
+        `facts` may change once it has returned, `pieces` once `let_change` has.
+        """
+        started = time.perf_counter()
+        self.ended = Saved(step, copy.deepcopy(facts), None, 0.0, 0.0)
         if self.config.asynchronous:
-            try:
-                pieces = self.host.copy(pieces)
-            except Exception as error:  # the other ranks' threads wait for this one's to say so
-                failure = error
-        self.ended = Saved(step, facts, None, 0.0, time.perf_counter() - started)
-        if self.config.asynchronous:
-            self.thread = threading.Thread(
-                target=self.work, args=(pieces, started, failure), name="checkpoint", daemon=True
-            )
+            own = {name: piece.clone() if piece.local.numel() <= SMALL else piece for name, piece in pieces.items()}
+            ready = side_stream() if any(piece.local.is_cuda for piece in pieces.values()) else nullcontext
+            self.copied.clear()
+            self.thread = threading.Thread(target=self.work, args=(own, started, ready), name="checkpoint", daemon=True)
             self.thread.start()
         else:
-            self.work(pieces, started, failure)
+            self.work(pieces, started, nullcontext)
+        self.stall = time.perf_counter() - started
 
-    def work(self, pieces: Pieces, started: float, failure: Exception | None) -> None:
-        """Writes and commits what was begun, and lets go of older checkpoints."""
+    def let_change(self) -> None:
+        """Waits until the tensors of the save under way are copied; called before any of them changes."""
+        if self.thread is not None and not self.copied.is_set():
+            waiting = time.perf_counter()
+            self.copied.wait()
+            self.stall += time.perf_counter() - waiting
+
+    def work(self, pieces: Pieces, started: float, ready: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Copies, writes and commits what was begun, and lets go of older checkpoints."""
         begun = self.ended
         assert begun is not None
-        working = time.perf_counter()
 
-        def copied() -> None:
-            if failure is not None:
-                raise failure
+        def copy_all() -> None:
+            nonlocal pieces
+            try:
+                pieces = self.host.copy(pieces, ready) if self.config.asynchronous else pieces
+            finally:
+                self.copied.set()
 
         try:
-            error = checkpoint.attempt(copied, self.writers)
+            error = checkpoint.attempt(copy_all, self.writers)
             if error:
                 error = f"the checkpoint of step {begun.step} could not be copied to host memory: {error}"
             else:
@@ -128,9 +143,7 @@ class Saver:
         except BaseException as raised:  # such as a rank that was lost: raised where the loop waits for the save
             self.failure = raised
             return
-        now = time.perf_counter()
-        stall = begun.stall if self.config.asynchronous else begun.stall + now - working
-        self.ended = dataclasses.replace(begun, error=error, seconds=now - started, stall=stall)
+        self.ended = dataclasses.replace(begun, error=error, seconds=time.perf_counter() - started)
 
     def is_done(self) -> bool:
         """Whether a save is under way that has ended on all ranks, so that `finish` will not wait; asks them all."""
@@ -147,8 +160,8 @@ class Saver:
         if self.thread is not None:
             self.thread.join()
             self.thread = None
-            self.ended = dataclasses.replace(self.ended, stall=self.ended.stall + time.perf_counter() - waiting)
-        ended, failure = self.ended, self.failure
+            self.stall += time.perf_counter() - waiting
+        ended, failure = dataclasses.replace(self.ended, stall=self.stall), self.failure
         self.ended = self.failure = None
         if failure is not None:
             raise failure
@@ -158,3 +171,19 @@ class Saver:
         """Gives a save under way, which nobody will ask for any more, some seconds to end; called when a rank fails."""
         if self.thread is not None:
             self.thread.join(SECONDS_AT_EXIT)
+
+
+def side_stream() -> Callable[[], AbstractContextManager[Any]]:
+    """A context for copies from the GPU that begin after what it was asked so far, and that end with it."""
+    asked = torch.cuda.Event()
+    asked.record()
+    stream = torch.cuda.Stream()
+
+    @contextmanager
+    def ready() -> Iterator[None]:
+        stream.wait_event(asked)
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+    return ready

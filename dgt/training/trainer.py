@@ -160,6 +160,7 @@ class Trainer:
         def accept(loss: float, norm: float) -> bool:
             accepted = self.guard.accepts(loss, norm)
             if accepted:
+                self.keeper.let_change()
                 self.reports.monitor.distributions(progress.step + 1, self.engine.network)
             return accepted
 
@@ -227,6 +228,7 @@ class Trainer:
         if not self.evaluation_is_due():
             return False
         self.reports.monitor.end_trace(self.progress.step)
+        self.keeper.let_change()
         with self.engine.averaged_weights(self.keeper.ema):
             totals = evaluate(
                 self.engine, self.task, self.validation_data, self.config.data, lambda: bool(self.asked_to_stop())

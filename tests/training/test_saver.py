@@ -19,7 +19,7 @@ from ranks import run_ranks
 from dgt.training import checkpoint, files, tensor_files
 from dgt.training.checkpoint import CheckpointConfig
 from dgt.training.pieces import Piece, Pieces
-from dgt.training.saver import Saver
+from dgt.training.saver import SMALL, HostMemory, Saver
 from dgt.training.world import World, joined
 
 ALONE = World(0, 1, torch.device("cpu"), None)  # type: ignore[arg-type]
@@ -76,6 +76,7 @@ def test_training_goes_on_while_the_disk_is_written_and_changes_nothing_of_it(
         one, pieces, about = saver(tmp_path), weights(4.0), facts()
         one.begin(4, pieces, about)
         assert not one.is_done()
+        one.let_change()
         pieces["model.w"].local.fill_(-1)
         about["progress"]["data"]["consumed"] = 2
         assert checkpoint.committed(tmp_path) == []
@@ -87,6 +88,33 @@ def test_training_goes_on_while_the_disk_is_written_and_changes_nothing_of_it(
     assert one.finish() is None, "a save is reported once"
     assert steps(tmp_path) == [4]
     assert checkpoint.verify(tmp_path / "step_00000004").manifest["progress"]["data"] == {"consumed": 1}
+
+
+def test_what_is_saved_may_change_only_when_it_is_copied_but_what_a_forward_pass_changes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, go, copy, events = saver(tmp_path), threading.Event(), HostMemory.copy, []
+
+    def late_copy(*args: Any) -> Any:
+        assert go.wait(60)
+        copies = copy(*args)
+        events.append("copied")
+        return copies
+
+    monkeypatch.setattr(HostMemory, "copy", late_copy)
+    pieces = {"model.w": Piece(torch.ones(SMALL + 1), (SMALL + 1,)), "model.mean": Piece(torch.ones(4), (4,))}
+    one.begin(1, pieces, facts())
+    pieces["model.mean"].local.fill_(-1)
+    threading.Thread(target=go.set).start()
+    one.let_change()
+    assert events == ["copied"]
+    pieces["model.w"].local.fill_(-1)
+    ended = one.finish()
+    assert ended is not None
+    assert ended.error is None
+    stored = checkpoint.tensors_in(checkpoint.verify(tmp_path / "step_00000001"))
+    assert (stored.whole("model.w") == 1).all()
+    assert (stored.whole("model.mean") == 1).all()
 
 
 def test_the_buffers_of_one_save_serve_the_next(tmp_path: Path) -> None:
@@ -131,7 +159,7 @@ def save_on_two_ranks(folder: Path) -> list[Any]:
         one = saver(folder, world)
         copy, write = one.host.copy, tensor_files.write
         if world.rank == 1:
-            one.host.copy = lambda _: (_ for _ in ()).throw(MemoryError("rank 1 is full"))  # type: ignore
+            one.host.copy = lambda *_: (_ for _ in ()).throw(MemoryError("rank 1 is full"))  # type: ignore
         answers: list[Any] = [saved(one, 1)]
         one.host.copy = copy  # type: ignore[method-assign]
         go = threading.Event()
