@@ -2,12 +2,14 @@
 
 Both train the same network on the same batches of the same loader with the same optimizer, clipping, mixing, schedule
 and average; `bare` is the least code that does so, `loop` is `dgt.training.trainer` with its reports, guard, watchdog
-and signal handling as they are by default. Each measurement is a fresh process of one rank on the CPU, contestants take
-turns, and every other round has the other order. Timed are the steps after the first ones, between the beginnings of
-two steps, so that all that happens between steps is in it; checkpoints and evaluations are not.
+and signal handling as they are by default. They take turns step by step within one process, so that whatever else the
+machine does meets both, and share allocator and caches; each round is a fresh process of one rank on the CPU. A step is
+timed from its beginning until the next batch is there, for the loop with all that it does between steps. The first
+steps, and checkpoints and evaluations, are not in it.
 
-CPU seconds of the process (all threads, the loader's included) are what is compared: they do not count the time in
-which other programs have the cores. Wall seconds are given beside them, for a machine that does nothing else.
+CPU seconds of the process are what is compared, as they do not count the time in which other programs have the cores.
+They hold all threads: the loop's watchdog and reports, and each loader's, which prepares its next batch while the other
+contestant computes. Wall seconds are given beside them, for a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,23 +69,14 @@ def clocks() -> tuple[float, float]:
     return time.process_time(), time.perf_counter()
 
 
-def loop(config: Config) -> list[tuple[float, float]]:
-    """The clocks at each step's beginning, in the training loop."""
-    from dgt.training.trainer import Trainer, train
-
-    begun, real = [], Trainer.step
-
-    def step(self: Trainer, *args: Any) -> bool:
-        begun.append(clocks())
-        return real(self, *args)
-
-    Trainer.step = step  # type: ignore[method-assign]
-    train(config)
-    return begun
+def since(begun: tuple[float, float]) -> tuple[float, float]:
+    """What both clocks have gone on by."""
+    cpu, wall = clocks()
+    return cpu - begun[0], wall - begun[1]
 
 
-def bare(config: Config) -> list[tuple[float, float]]:
-    """The clocks at each step's beginning, in the least code that trains alike."""
+def bare(config: Config) -> Iterator[None]:
+    """The least code that trains alike; each `next` but the first takes a step, and fetches the batch that follows."""
     import torch
 
     from data_pipeline.loader import build_loader
@@ -93,20 +86,18 @@ def bare(config: Config) -> list[tuple[float, float]]:
     from dgt.training.optim import build_optimizer, set_learning_rate
     from dgt.training.schedule import learning_rate
 
-    torch.set_num_threads(config.engine.threads)
-    torch.manual_seed(config.seed)
     task = build_task(config.task, config.model, config.data)
     network = task.build_model().to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = build_optimizer(network, config.optimizer)
     weights = list(network.parameters())
     averages = [weight.detach().clone() for weight in weights]
-    size, cpu, begun = config.steps.global_batch_size, torch.device("cpu"), []
+    size, cpu = config.steps.global_batch_size, torch.device("cpu")
     with build_loader(
         config.data, "train", train=True, global_batch_size=size, rank=0, world_size=1, seed=config.seed
     ) as loader:
         warm_up = round(config.schedule.warmup_epochs * len(loader))
         for step, batch in enumerate(loader):
-            begun.append(clocks())
+            yield
             set_learning_rate(
                 optimizer,
                 learning_rate(
@@ -124,35 +115,46 @@ def bare(config: Config) -> list[tuple[float, float]]:
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
                 torch._foreach_lerp_(averages, [w.detach() for w in weights], 1 - decay_at(step, config.ema))
-            if step == len(loader) - 1:
-                break
-    return begun
 
 
-def measure_here(contestant: str, options: argparse.Namespace) -> dict[str, float]:
-    """CPU and wall seconds of a step in this process, means over the counted steps."""
+def measure_here(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """CPU and wall seconds of a step of each contestant in this process, means over the counted steps."""
+    from dgt.training.trainer import Trainer, train
+
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTESTANTS}
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(Path(folder), options)
-        begun = {"bare": bare, "loop": loop}[contestant](config)
-    counted = begun[WARM_UP : WARM_UP + options.steps + 1]
-    cpu, wall = ((last - first) / (len(counted) - 1) for first, last in zip(counted[0], counted[-1], strict=True))
-    return {"cpu": cpu, "wall": wall}
+        other, real, begun = bare(config), Trainer.step, clocks()
+
+        def step(self: Trainer, *args: Any) -> bool:
+            nonlocal begun
+            times["loop"].append(since(begun))  # of the step before, and what came after it
+            begun = clocks()
+            next(other)
+            times["bare"].append(since(begun))
+            begun = clocks()
+            return real(self, *args)
+
+        Trainer.step = step  # type: ignore[method-assign]
+        train(config)
+        other.close()  # type: ignore[attr-defined]
+    result = {}
+    for name, first in (("bare", WARM_UP), ("loop", WARM_UP + 1)):
+        counted = times[name][first : first + options.steps]
+        cpu, wall = (statistics.fmean(clock) for clock in zip(*counted, strict=True))
+        result[name] = {"cpu": cpu, "wall": wall}
+    return result
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every round's seconds of both."""
     rounds = []
-    for number in range(options.rounds):
-        found: dict[str, Any] = {}
-        for contestant in CONTESTANTS if number % 2 else reversed(CONTESTANTS):
-            command = [sys.executable, "-m", "benchmarks.overhead", "--contestant", contestant]
-            for name in ("model", "image_size", "batch", "steps"):
-                command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-            ended = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
-            )
-            found[contestant] = json.loads(ended.stdout.splitlines()[-1])
-        rounds.append(found)
+    for _ in range(options.rounds):
+        command = [sys.executable, "-m", "benchmarks.overhead", "--here"]
+        for name in ("model", "image_size", "batch", "steps"):
+            command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+        ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+        rounds.append(json.loads(ended.stdout.splitlines()[-1]))
     return rounds
 
 
@@ -164,8 +166,8 @@ def overhead(rounds: Sequence[dict[str, Any]], clock: str) -> list[float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints one table; with --check the exit code is 1 where the target is missed."""
     options = parser().parse_args(arguments)
-    if options.contestant:
-        print(json.dumps(measure_here(options.contestant, options)))
+    if options.here:
+        print(json.dumps(measure_here(options)))
         return 0
     from rich.console import Console
     from rich.table import Table
@@ -201,10 +203,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--image-size", type=int, default=64)
     result.add_argument("--batch", type=int, default=32)
     result.add_argument("--steps", type=int, default=50, help="counted steps of a process; default %(default)s")
-    result.add_argument("--rounds", type=int, default=6, help="default %(default)s")
+    result.add_argument("--rounds", type=int, default=8, help="processes; default %(default)s")
     result.add_argument("--check", action="store_true", help="exit with 1 where the target is missed")
     result.add_argument("--json", type=Path, help="write all numbers and the machine to this file")
-    result.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)  # how it starts itself
+    result.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # how it starts itself
     return result
 
 
