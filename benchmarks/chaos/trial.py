@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import signal
@@ -55,11 +56,9 @@ class Trial:
         records = self.records / f"attempt-{len(self.rounds):03d}"
         deeds = sorted(((at, i, deed) for i, f in enumerate(planned) for at, deed in f.deeds), key=lambda d: d[0])
         nobody = ranks.Attempt([], records, time.monotonic())
-        saved_in_steps = checkpoint.committed(self.config.run_dir / "checkpoints")
         for _, i, deed in [d for d in deeds if d[0] < 0]:
             planned[i].happened = deed(nobody)
-            saved_in_steps = saved_in_steps[planned[i].happened :]
-        saved = int(saved_in_steps[0].name.removeprefix("step_")) if saved_in_steps else 0
+        saved = newest_whole(self.config.run_dir / "checkpoints")
 
         orders = [order for fault in planned for order in fault.orders]
         attempt = ranks.start(self.config, self.reference.scene.world_size, orders, records, self.sabotage)
@@ -140,6 +139,14 @@ class Trial:
         if not self.trouble:
             full = any(f.name.startswith(("a full disk", "a write that", "an error of the")) for f in self.met)
             self.trouble = "; ".join(differences(self.config.run_dir, self.reference.run, full)[:4])
+
+
+def newest_whole(folder: Path) -> int:
+    """The step that an attempt must go on from: damage of an earlier round may not have been met yet. 0 = the start."""
+    for path in checkpoint.committed(folder):
+        with contextlib.suppress(checkpoint.DamagedError):
+            return checkpoint.verify(path).step
+    return 0
 
 
 def key_of(rank: str, line: dict[str, Any]) -> tuple[str, str, int] | None:
