@@ -111,13 +111,14 @@ def batches(config: Config, ranks: int) -> None:
         )
 
 
-def engine(config: Config, ranks: int) -> None:
-    """Raises ConfigError where the engine cannot be had with this optimizer or this number of ranks, or at all."""
+def engine(config: Config, built: nn.Module, ranks: int) -> None:
+    """Raises ConfigError where the engine cannot be had with this optimizer, network or number of ranks, or at all."""
     from dgt.config import ConfigError
-    from dgt.training.parallel import check_engine
+    from dgt.training.parallel import check_engine, check_network
 
     try:
         check_engine(config.engine, config.optimizer, ranks)
+        check_network(built, ranks)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -53,7 +53,7 @@ def check(request: Request) -> Checked:
     config, where, profile = request.config, request.layout, request.profile
     network = checks.network(config)
     checks.batches(config, where.ranks)
-    checks.engine(config, where.ranks)
+    checks.engine(config, network, where.ranks)
     checks.beginning(config)
     checks.augmentation(config)
     limits.no_secrets(config)

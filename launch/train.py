@@ -88,9 +88,9 @@ def run(options: argparse.Namespace, early: Noted, rank: int) -> Outcome:
         rank, world_size, socket.gethostname(), os.getpid(), Path(dgt.__file__).parent,
     )  # fmt: skip
     config = load(options.config, options.overrides)
-    checks.network(config)
+    network = checks.network(config)
     checks.batches(config, world_size)
-    checks.engine(config, world_size)
+    checks.engine(config, network, world_size)
     checks.beginning(config)
     checks.augmentation(config)
     with contextlib.closing(Announcement()) as announcement:

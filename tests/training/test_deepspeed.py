@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,23 @@ import pytest
 import torch
 from ranks import run_ranks
 from recipes import Recipe, always, assembled, config_of, losses
+from small import small_config
 from torch import Tensor, nn
 
+from dgt.config import ConfigError
+from dgt.models import ModelConfig
 from dgt.training import checkpoint
 from dgt.training.ema import Ema, EmaConfig
 from dgt.training.optim import OptimizerConfig
-from dgt.training.parallel import Engine, EngineConfig, build_engine, check_engine
-from dgt.training.parallel.config import DeepSpeedConfig
+from dgt.training.parallel import Engine, EngineConfig, build_engine, check_engine, check_network
+from dgt.training.parallel.config import OPEN, DeepSpeedConfig
 from dgt.training.parallel.deepspeed import settings_of
+from dgt.training.steps import StepsConfig
+from dgt.training.trainer import train
 from dgt.training.world import World, joined
+from launch import checks
 
+BUCKETS = [key for key in OPEN["zero_optimization"] or () if key != "offload_optimizer"]
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 
 
@@ -176,10 +184,20 @@ def test_optimizers_that_need_whole_tensors_are_refused(label: str, name: Any) -
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"train_batch_size": 8}, "train_batch_size is decided"),
-        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage is decided"),
-        ({"fp16": {"enabled": True}, "gradient_clipping": 1.0}, "fp16, gradient_clipping are decided"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device is decided"),
+        ({"train_batch_size": 8}, "settings: train_batch_size cannot"),
+        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage cannot"),
+        ({"fp16": {"enabled": True}, "gradient_clipping": 1.0}, "fp16, gradient_clipping cannot"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device cannot"),
+        ({"zero_optimization": {"cpu_offload": True}}, "zero_optimization.cpu_offload cannot"),
+        ({"zero_optimization": True}, "settings: zero_optimization cannot"),
+        ({"communication_data_type": "fp16"}, "communication_data_type cannot"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients cannot"),
+        ({"zero_optimization": {"mics_shard_size": 2}}, "mics_shard_size cannot"),
+        (
+            {"elasticity": {"enabled": True}, "tensor_parallel": {"autotp_size": 2}},
+            "elasticity, tensor_parallel cannot",
+        ),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op cannot"),
     ],
 )
 def test_settings_that_contradict_the_configuration_are_refused(settings: dict[str, Any], named: str) -> None:
@@ -197,6 +215,15 @@ def test_other_settings_of_deepspeed_are_laid_over_ours() -> None:
     assert made["zero_optimization"]["allgather_bucket_size"] % 2 == 0
 
 
+@pytest.mark.deepspeed
+def test_a_value_that_deepspeed_refuses_is_one_sentence_before_anything_starts() -> None:
+    own = DeepSpeedConfig(settings={"zero_optimization": {"reduce_bucket_size": -1}})
+    with pytest.raises(ValueError, match=r"engine\.deepspeed\.settings: DeepSpeed refuses .*\n?.*reduce_bucket_size"):
+        check_engine(EngineConfig(name="deepspeed", deepspeed=own), OptimizerConfig(), 2)
+    fine = DeepSpeedConfig(stage=3, offload="cpu", settings={"zero_optimization": dict.fromkeys(BUCKETS, 1)})
+    check_engine(EngineConfig(name="deepspeed", deepspeed=fine), OptimizerConfig(), 2)
+
+
 @pytest.mark.parametrize(
     ("config", "missing", "named"),
     [
@@ -210,6 +237,29 @@ def test_a_missing_package_is_one_sentence_with_the_way_out(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else object())
     with pytest.raises(ValueError, match=named):
         check_engine(config, OptimizerConfig(), 2)
+
+
+def test_running_statistics_are_refused_on_more_than_one_rank_and_named() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)))
+    with pytest.raises(ValueError, match=r"'1\.0' \(BatchNorm2d\) keeps running statistics, and each of 2 ranks"):
+        check_network(network, 2)
+    check_network(network, 1)
+    check_network(Odd(), 2)  # has a buffer that training does not change
+    check_network(nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False)), 2)
+
+
+def test_a_network_with_running_statistics_trains_on_one_rank_and_is_refused_before_anything_starts_on_two(
+    tmp_path: Path,
+) -> None:
+    steps = StepsConfig(epochs=1, global_batch_size=8, micro_batch_size=4, max_steps=2)
+    config = replace(
+        small_config(tmp_path, model=ModelConfig(name="resnet10t"), steps=steps), engine=config_of("ddp", threads=1)
+    )
+    network = checks.network(config)
+    with pytest.raises(ConfigError, match="keeps running statistics"):
+        checks.engine(config, network, 2)
+    checks.engine(config, network, 1)
+    assert train(config).status == "finished"
 
 
 def test_shards_that_do_not_come_out_even_are_refused() -> None:

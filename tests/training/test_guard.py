@@ -291,4 +291,3 @@ def statistics_after_a_bad_step(engine: str) -> tuple[bool, bool]:
 
 def test_a_bad_step_leaves_running_statistics_alone() -> None:
     assert run_ranks(1, statistics_after_a_bad_step, "ddp")[0].value == (False, True)
-    assert [r.value for r in run_ranks(2, statistics_after_a_bad_step, "ddp")] == [(False, True)] * 2

@@ -8,12 +8,12 @@ from torch import nn
 
 from dgt.training.optim import NEEDS_WHOLE_TENSORS, OptimizerConfig
 from dgt.training.parallel.blocks import compile_blocks, use_apex_layer_norm
-from dgt.training.parallel.config import EngineConfig
+from dgt.training.parallel.config import DeepSpeedConfig, EngineConfig
 from dgt.training.parallel.engine import Accept, Engine, StepResult
 from dgt.training.parallel.precision import allow_tf32
 from dgt.training.world import World
 
-__all__ = ["Accept", "Engine", "EngineConfig", "StepResult", "build_engine", "check_engine"]
+__all__ = ["Accept", "Engine", "EngineConfig", "StepResult", "build_engine", "check_engine", "check_network"]
 
 
 def check_engine(config: EngineConfig, optimizer: OptimizerConfig, ranks: int) -> None:
@@ -31,6 +31,8 @@ def check_engine(config: EngineConfig, optimizer: OptimizerConfig, ranks: int) -
         raise ValueError(
             "engine.name: deepspeed is not installed; install the extra dgt[deepspeed], or choose another engine"
         )
+    if config.name == "deepspeed" and config.deepspeed.settings:
+        check_settings(config.deepspeed)
     if config.apex_layer_norm and importlib.util.find_spec("apex") is None:
         raise ValueError(
             "engine.apex_layer_norm: NVIDIA's apex is not installed; build it from its source "
@@ -38,13 +40,39 @@ def check_engine(config: EngineConfig, optimizer: OptimizerConfig, ranks: int) -
         )
 
 
+def check_settings(config: DeepSpeedConfig) -> None:
+    """Raises ValueError where DeepSpeed does not take a value among the settings for it."""
+    from dgt.training.parallel.deepspeed import imported, settings_of
+
+    imported()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**settings_of(config, clip=0.0, elements=1)["zero_optimization"])
+    except ValueError as error:
+        raise ValueError(f"engine.deepspeed.settings: DeepSpeed refuses zero_optimization: {error}") from None
+
+
+def check_network(network: nn.Module, ranks: int) -> None:
+    """Raises ValueError where the network keeps running statistics and there is more than one rank."""
+    kept = [n for n, _ in network.named_buffers() if n.rpartition(".")[2] in ("running_mean", "running_var")]
+    if kept and ranks > 1:
+        module = kept[0].rpartition(".")[0]
+        raise ValueError(
+            f"model.name: the module {module!r} ({type(network.get_submodule(module)).__name__}) keeps running "
+            f"statistics, and each of {ranks} ranks would keep others, of its own samples; train on one rank, or "
+            "choose a network that normalises each sample by itself (layer or group norm), such as a dgt_* model"
+        )
+
+
 def build_engine(network: nn.Module, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> Engine:
     """Spreads a freshly built `network`, equal on all ranks, over the ranks.
 
     The order is fixed: activation checkpointing (inside each block), then compilation of each block, then sharding
-    around it. Raises ValueError as `check_engine` does.
+    around it. Raises ValueError as `check_engine` and `check_network` do.
     """
     check_engine(config, optimizer, world.size)
+    check_network(network, world.size)
     from dgt.training.parallel.ddp import DdpEngine
     from dgt.training.parallel.deepspeed import DeepSpeedEngine
     from dgt.training.parallel.fsdp import FsdpEngine

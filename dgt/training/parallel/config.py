@@ -36,56 +36,59 @@ class DeepSpeedConfig:
     offload: Literal["none", "cpu"] = "none"
     """"cpu": master weights and moments live in host memory and are updated there."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """DeepSpeed's own settings, laid over those made from this configuration; not those which this configuration
-    decides, such as batch sizes and precision."""
+    """DeepSpeed's own settings, laid over those made from this configuration: bucket sizes, overlap, thresholds of
+    stage 3, and what it tells (`OPEN` in dgt/training/parallel/config.py); nothing that changes what is computed."""
 
     def __post_init__(self) -> None:
-        if taken := contradictions(self.settings):
+        if taken := not_open(self.settings):
             raise ValueError(
-                f"settings: {', '.join(taken)} {'is' if len(taken) == 1 else 'are'} decided by this configuration "
-                "(steps, optimizer, schedule, engine); remove it here and set it there"
+                f"settings: {', '.join(taken)} cannot be given to DeepSpeed; what this configuration decides is set in "
+                "steps, optimizer, schedule and engine, and dgt/training/parallel/config.py lists what is left (OPEN)"
             )
 
 
-OWNED = {
-    "train_batch_size": None,
-    "train_micro_batch_size_per_gpu": None,
-    "gradient_accumulation_steps": None,
-    "managed_gradient_accumulation": None,
-    "optimizer": None,
-    "scheduler": None,
-    "gradient_clipping": None,
-    "fp16": None,
-    "bf16": None,
-    "amp": None,
-    "torch_autocast": None,
-    "data_types": None,
-    "activation_checkpointing": None,
-    "compile": None,
-    "checkpoint": None,
+OPEN = {
     "zero_optimization": {
-        "stage": None,
-        "offload_optimizer": {"device": None, "nvme_path": None},
-        "offload_param": None,
-        "round_robin_gradients": None,
-        "parameter_alignment": None,
-        "zenflow": None,
-        "memory_efficient_linear": None,
+        "contiguous_gradients": None,
+        "reduce_scatter": None,
+        "reduce_bucket_size": None,
+        "use_multi_rank_bucket_allreduce": None,
+        "allgather_partitions": None,
+        "allgather_bucket_size": None,
+        "overlap_comm": None,
+        "sub_group_size": None,
+        "stage3_prefetch_bucket_size": None,
+        "stage3_param_persistence_threshold": None,
+        "stage3_model_persistence_threshold": None,
+        "stage3_max_live_parameters": None,
+        "stage3_max_reuse_distance": None,
+        "stage3_module_granularity_threshold": None,
+        "stage3_use_all_reduce_for_fetch_params": None,
+        "stage3_allgather_sequential": None,
+        "offload_optimizer": {"pin_memory": None},
+        "log_trace_cache_warnings": None,
+        "enable_sanity_checks": None,
     },
-}  # fmt: skip
-"""Keys of DeepSpeed's configuration that ours decides, or that would change where the state lies."""
+    "wall_clock_breakdown": None,
+    "memory_breakdown": None,
+    "comms_logger": None,
+    "flops_profiler": None,
+    "dump_state": None,
+}
+"""Keys of DeepSpeed's configuration that may be given. They say when data travels and what is told about it; the others
+repeat what this configuration decides, or change the numbers (precision of what travels, quantisation), where the state
+lies, or how ranks are counted."""
 
 
-def contradictions(settings: Mapping[str, Any], owned: Mapping[str, Any] = OWNED, prefix: str = "") -> list[str]:
+def not_open(settings: Mapping[str, Any], allowed: Mapping[str, Any] = OPEN, prefix: str = "") -> list[str]:
     """Dotted names of the `settings` that are not the user's to give."""
     found = []
     for key, value in settings.items():
-        if key not in owned:
-            continue
-        if owned[key] is None or not isinstance(value, Mapping):
+        below = allowed.get(key)
+        if key not in allowed or (below is not None and not isinstance(value, Mapping)):
             found.append(prefix + key)
-        else:
-            found += contradictions(value, owned[key], f"{prefix}{key}.")
+        elif below is not None:
+            found += not_open(value, below, f"{prefix}{key}.")
     return found
 
 
