@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -24,7 +26,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dgt.training import tensor_files
-from dgt.training.files import await_size, described, free_space, patiently, rename, sync_folder, write_durably
+from dgt.training.files import (
+    SHORT_PATIENCE,
+    await_sizes,
+    described,
+    free_space,
+    patiently,
+    rename,
+    sync_folder,
+    write_durably,
+)
+from dgt.training.interrupt import SupersededError
 from dgt.training.pieces import Pieces
 from dgt.training.tensor_files import TensorFileError, TensorFiles
 from dgt.training.world import World
@@ -96,14 +108,14 @@ def save(
 ) -> str | None:
     """Writes one checkpoint with every rank's `pieces`; all ranks call it and get the same answer.
 
-    `permit` is called on rank 0 just before the commit, and raises where there must be none.
+    `permit` is called on rank 0 before anything is written and just before the commit; it raises SupersededError where
+    the run is another attempt's, and then so does this, on all ranks.
 
     `facts` goes into the manifest (JSON). Where the step has a checkpoint, which then is of the same tensors because it
     was resumed from, only the manifest is replaced. Returns None when committed, else one sentence saying what went
     wrong; what was there before is untouched either way.
     """
     final = folder / f"step_{step:08d}"
-    temporary = final.with_suffix(".saving")
     if world.on_main(final.exists):
 
         def replace() -> None:
@@ -114,9 +126,25 @@ def save(
         error = attempt(replace, world)
         return error and f"the manifest of {final} could not be replaced: {error}"
 
-    def prepare() -> None:
+    # A name of its own: an attempt that does not know yet that another has taken over must not meet that one's files.
+    temporary = final.with_suffix(f".{world.on_main(lambda: secrets.token_hex(4))}.saving")
+    try:
+        error = write_new(temporary, final, {"format": FORMAT, "step": step, **facts}, pieces, world, permit)
+        free = world.on_main(lambda: free_space(folder)) if error else ""
+    finally:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
+    return error and f"the checkpoint of step {step} could not be written to {folder} ({free}): {error}"
+
+
+def write_new(
+    temporary: Path, final: Path, facts: dict[str, Any], pieces: Pieces, world: World, permit: Callable[[], None]
+) -> str | None:
+    """Writes the folder `temporary` and gives it its name `final`; returns and raises as `save` does."""
+
+    def prepare() -> None:
+        if world.is_main:
+            permit()
             temporary.mkdir(parents=True)
 
     written: dict[str, dict[str, Any]] = {}
@@ -129,34 +157,33 @@ def save(
 
     def commit() -> None:
         if world.is_main:
-            for name, entry in files.items():
-                await_size(temporary / name, entry["size"])
-            tensors = tensor_files.describe(pieces)
-            body = {"format": FORMAT, "step": step, **facts, "tensors": tensors, "files": files}
-            write_manifest(temporary, body)
+            await_sizes(temporary, {name: entry["size"] for name, entry in files.items()})
+            write_manifest(temporary, facts | {"tensors": tensor_files.describe(pieces), "files": files})
             permit()
             rename(temporary, final)
 
     error = attempt(prepare, world) or attempt(write, world)
     files = {name: entry for part in world.gather(written) for name, entry in part.items()}
-    error = error or attempt(commit, world)
-    if not error:
-        return None
-
-    free = world.on_main(lambda: free_space(folder))
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return f"the checkpoint of step {step} could not be written to {folder} ({free}): {error}"
+    return error or attempt(commit, world)
 
 
 def attempt(act: Callable[[], None], world: World) -> str | None:
-    """Runs `act` on every rank; the first rank's failure in words, the same on all ranks, or None."""
-    failure = None
+    """Runs `act` on every rank; the first rank's failure in words, the same on all ranks, or None.
+
+    Raises SupersededError on every rank where one did.
+    """
+    failure, superseded = None, None
     try:
         act()
+    except SupersededError as error:
+        superseded = error
     except Exception as error:  # of any kind: the other ranks wait for this one's answer
         failure = f"{type(error).__name__}: {error}"
-    return next((f for f in world.gather(failure) if f), None)
+    told = world.gather((failure, superseded))
+    for _, error in told:
+        if error is not None:
+            raise error
+    return next((f for f, _ in told if f), None)
 
 
 def write_manifest(path: Path, body: dict[str, Any]) -> None:

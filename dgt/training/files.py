@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,8 @@ CHUNK = 1 << 22
 """Bytes written, hashed or read at a time; a thread that works on one does not keep the interpreter."""
 PATIENCE = 90.0
 """Seconds for which another node's file may be invisible: NFS clients remember folders for up to 60 by default."""
+SHORT_PATIENCE = 2.0
+"""Seconds for what was finished long ago, and is most likely gone where it cannot be seen."""
 STALE = (errno.ENOENT, errno.ESTALE)
 """What a node meets that remembers too much."""
 
@@ -81,9 +83,9 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def patiently(act: Callable[[], Result]) -> Result:
-    """What `act` gives; done again for PATIENCE seconds while what another node has made cannot be seen here."""
-    until, pause = time.monotonic() + PATIENCE, 0.01
+def patiently(act: Callable[[], Result], patience: float | None = None) -> Result:
+    """What `act` gives; done again for `patience` (or PATIENCE) seconds while it does not see what another node made."""
+    until, pause = time.monotonic() + (PATIENCE if patience is None else patience), 0.01
     while True:
         try:
             return act()
@@ -94,15 +96,18 @@ def patiently(act: Callable[[], Result]) -> Result:
         pause = min(2 * pause, 2.0)
 
 
-def await_size(path: Path, size: int) -> None:
-    """Waits until this node sees a file of that many bytes. Raises OSError where it does not."""
+def await_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Waits until this node sees files of so many bytes, PATIENCE seconds for all of them. Raises OSError."""
+    until = time.monotonic() + PATIENCE
+    for name, size in sizes.items():
 
-    def look() -> None:
-        with path.open("rb") as file:  # opening it, and nothing less, makes NFS ask its server
-            if os.fstat(file.fileno()).st_size != size:
-                raise OSError(errno.ESTALE, f"not seen here with the {size:,} bytes that another rank wrote", str(path))
+        def look(path: Path = folder / name, size: int = size) -> None:
+            with path.open("rb") as file:  # opening it, and nothing less, makes NFS ask its server
+                if os.fstat(file.fileno()).st_size != size:
+                    text = f"not seen here with the {size:,} bytes that another rank wrote"
+                    raise OSError(errno.ESTALE, text, str(path))
 
-    patiently(look)
+        patiently(look, until - time.monotonic())
 
 
 def rename(path: Path, final: Path) -> None:

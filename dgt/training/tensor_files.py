@@ -51,7 +51,7 @@ def write(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
 
     Returns its size in bytes and SHA-256. Raises OSError.
     """
-    shares = {f"{name}:{share.start}": share.local for name, piece in pieces.items() if (share := piece.share())}
+    shares = {f"{name}:{share.start}": share.local for name, share in ((n, p.share()) for n, p in pieces.items())}
     layout = {key: (tensor.dtype, (tensor.numel(),)) for key, tensor in shares.items() if tensor.numel()}
     return write_file(path, layout, shares.__getitem__)
 

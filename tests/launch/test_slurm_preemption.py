@@ -83,7 +83,7 @@ def test_run_preempted_before_it_has_ranks_and_without_time_to_save_ends_as_if_n
         run.wait_for_preemption()
         run.release(3)
         run.wait_until_held(3, stop=1)
-        assert (run.folder / "checkpoints" / "step_00000008.saving").is_dir()
+        assert list((run.folder / "checkpoints").glob("step_00000008.*.saving"))
         run.wait_for_event("stopped", 4)
     run.wait_for_end()
     assert run.reasons() == ["preempted"] * 4

@@ -154,7 +154,7 @@ def save_and_die(folder: Path, point: str) -> None:
             replace(*args)
 
         def killing_rename(path: Path, target: Path) -> Path:
-            committing = path.name == "step_00000003.saving"
+            committing = path.match("step_00000003.*.saving")
             if point == "before the rename" and committing:
                 kill_self()
             result = rename(path, target)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,6 +83,21 @@ def test_a_second_ctrl_c_ends_the_process_at_once_and_nothing_else_does(
 ) -> None:
     (process,) = run_ranks(1, send_myself, signals, check=False)
     assert (process.exitcode, process.value) == (status, left)
+
+
+def wait_in_c() -> None:
+    """Gets a Ctrl-C, and another one in a call into C that does not return."""
+    Interruption().install()
+    os.kill(os.getpid(), signal.SIGINT)
+    libc = ctypes.CDLL(None)
+    threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT), daemon=True).start()
+    while True:  # a signal cuts one short, and Python's handlers would still not run
+        libc.sleep(600)
+
+
+def test_a_second_ctrl_c_ends_a_process_that_waits_in_a_call_into_c() -> None:
+    (process,) = run_ranks(1, wait_in_c, check=False)
+    assert process.exitcode == -signal.SIGINT
 
 
 def test_the_last_save_begins_three_saves_and_ten_seconds_before_the_deadline(clock: Clock, world: World) -> None:
@@ -291,20 +308,32 @@ def test_attempt_that_another_has_replaced_commits_no_checkpoint(
         looks.append(len(committed(config)))
         return looks[-1] < 1
 
-    with pytest.raises(SaveError, match="another attempt has taken this run over"):
+    with pytest.raises(SupersededError, match="another attempt has taken this run over"):
         train(config, Interruption(is_current=is_current))
     assert committed(config) == ["step_00000002"], "the first save is its own, and the second one is not"
     assert not list((config.run_dir / "checkpoints").glob("*.saving"))
     assert looks[0] == 0
 
 
-def test_attempt_that_another_has_replaced_reports_nothing_more(tmp_path: Path) -> None:
-    config = small_config(tmp_path, steps=StepsConfig(epochs=1, global_batch_size=8, micro_batch_size=2))
-    rows = config.run_dir / "metrics.jsonl"
+def replaced_after_step_3(config: Config) -> int:
+    """How a rank leaves a run that is another's once its third step is reported; at which step."""
+    rows, steps, step = config.run_dir / "metrics.jsonl", [], Trainer.step
+
+    def noted(self: Trainer, batch: Any, waited: float) -> bool:
+        steps.append(self.progress.step + 1)
+        return step(self, batch, waited)
 
     def is_current() -> bool:
         return not (rows.exists() and '"step": 3' in rows.read_text())
 
+    Trainer.step = noted  # type: ignore[method-assign]
     with pytest.raises(SupersededError, match="another attempt has taken this run over"):
         train(config, Interruption(is_current=is_current))
+    return steps[-1]
+
+
+def test_attempt_that_another_has_replaced_reports_nothing_more_and_all_ranks_leave_alike(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=StepsConfig(epochs=1, global_batch_size=8, micro_batch_size=2))
+    rows = config.run_dir / "metrics.jsonl"
+    assert [result.value for result in run_ranks(2, replaced_after_step_3, config)] == [3, 3]
     assert max(json.loads(row)["step"] for row in rows.read_text().splitlines()) == 3

@@ -18,6 +18,7 @@ from ranks import run_ranks
 
 from dgt.training import checkpoint, files, tensor_files
 from dgt.training.checkpoint import CheckpointConfig
+from dgt.training.interrupt import SupersededError
 from dgt.training.pieces import Piece, Pieces
 from dgt.training.saver import SMALL, HostMemory, Saver
 from dgt.training.world import World, joined
@@ -84,7 +85,8 @@ def test_training_goes_on_while_the_disk_is_written_and_changes_nothing_of_it(
         ended = one.finish()
     assert ended is not None
     assert (ended.step, ended.error) == (4, None)
-    assert 0 < ended.stall <= ended.seconds
+    assert ended.stall > 0
+    assert ended.seconds > 0
     assert one.finish() is None, "a save is reported once"
     assert steps(tmp_path) == [4]
     assert checkpoint.verify(tmp_path / "step_00000004").manifest["progress"]["data"] == {"consumed": 1}
@@ -145,12 +147,53 @@ def test_any_error_of_a_save_is_told_in_its_words_and_the_next_save_works(
     assert steps(tmp_path)[0] == 3
 
 
-def test_a_run_that_is_not_its_own_any_more_commits_nothing(tmp_path: Path) -> None:
-    def refuse() -> None:
-        raise RuntimeError("another attempt has taken this run over")
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_a_run_that_is_not_its_own_any_more_commits_nothing_and_says_so(
+    tmp_path: Path, allowed: int, asynchronous: bool
+) -> None:
+    looks: list[int] = []
 
-    assert "another attempt has taken this run over" in (saved(saver(tmp_path, permit=refuse), 1) or "")
+    def refuse() -> None:
+        looks.append(len(list(tmp_path.iterdir())))
+        if len(looks) > allowed:
+            raise SupersededError("another attempt has taken this run over")
+
+    with pytest.raises(SupersededError, match="another attempt has taken this run over"):
+        saved(saver(tmp_path, permit=refuse, asynchronous=asynchronous), 1)
+    assert looks == [0, 1][: allowed + 1], "asked before the folder is made, and before the commit"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_attempt_that_has_been_replaced_harms_no_save_of_the_one_that_replaced_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old attempt saves step 1 to its end, in vain, while the new one is about to commit the same step."""
+    is_current = [True]
+
+    def refuse() -> None:
+        if not is_current[0]:
+            raise SupersededError("another attempt has taken this run over")
+
+    old, new = saver(tmp_path, permit=refuse), saver(tmp_path)
+    with held(monkeypatch) as go_old:
+        old.begin(1, weights(-1.0), facts())
+        while not list(tmp_path.glob("*.saving")):
+            pass
+        with held(monkeypatch) as go_new:
+            new.begin(1, weights(1.0), facts())
+            while len(list(tmp_path.glob("*.saving"))) < 2:
+                pass
+            is_current[0] = False
+            go_old.set()
+            with pytest.raises(SupersededError):
+                old.finish()
+            go_new.set()
+            ended = new.finish()
+    assert ended is not None
+    assert ended.error is None
+    assert steps(tmp_path) == [1], "with the weights of the new attempt"
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
 def save_on_two_ranks(folder: Path) -> list[Any]:

@@ -197,10 +197,10 @@ def test_a_file_that_another_node_has_just_made_is_waited_for(tmp_path: Path, mo
 
     monkeypatch.setattr(files.time, "sleep", sleep)
     monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
-    files.await_size(made, 5)
+    files.await_sizes(tmp_path, {"made": 5})
     assert 40 < now[0] < 45
     with pytest.raises(OSError, match="not seen here with the 6 bytes that another rank wrote"):
-        files.await_size(made, 6)
+        files.await_sizes(tmp_path, {"made": 6})
     assert files.PATIENCE <= now[0] < files.PATIENCE + 45
     with pytest.raises(FileNotFoundError):
         files.patiently(lambda: (tmp_path / "never").stat())

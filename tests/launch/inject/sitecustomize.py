@@ -71,7 +71,7 @@ def patch(module: Any) -> None:
     def renamed(path: Path, to: Any) -> Any:
         if path.suffix == ".saving":
             hold("save")
-            hold(f"save-{int(path.stem.removeprefix('step_'))}")
+            hold(f"save-{int(path.name.split('.')[0].removeprefix('step_'))}")
         return rename(path, to)
 
     trainer.run, trainer.step, trainer.save, module.evaluate = started, stepped, saved, evaluated
