@@ -24,41 +24,11 @@ log = logging.getLogger("launch")
 def find(checkpoints: Path, which: str) -> Checkpoint:
     """The checkpoint "newest" or "best" in the folder `checkpoints`, or the one at the path `which`, verified.
 
-    "newest" passes over damaged ones, saying so. Raises CheckpointError where there is none, where the one that was
-    named is damaged, or where the disk does not answer.
+    Raises CheckpointError; see `dgt.training.checkpoint.find`.
     """
-    from dgt.training.checkpoint import CheckpointError, DamagedError, committed, verify
+    from dgt.training import checkpoint
 
-    if which not in ("newest", "best"):
-        if not Path(which).is_dir():
-            raise CheckpointError(f"{which}: there is no such checkpoint; name a step_* folder, 'best' or 'newest'")
-        return verify(Path(which))
-    for path in committed(checkpoints):
-        try:
-            newest = verify(path)
-        except DamagedError as error:
-            log.warning("checkpoint passed over: %s", error)
-            continue
-        best = newest.manifest["progress"]["best_step"]
-        if which == "newest" or best == newest.step:
-            return newest
-        if best is None:
-            raise CheckpointError(f"{checkpoints}: nothing was evaluated before {path.name}, so none is the best")
-        return verified_best(checkpoints / f"step_{best:08d}")
-    raise CheckpointError(f"there is no whole checkpoint in {checkpoints}; has the run saved one?")
-
-
-def verified_best(path: Path) -> Checkpoint:
-    """The best checkpoint. Raises CheckpointError where it has gone or is damaged."""
-    from dgt.training.checkpoint import CheckpointError, DamagedError, verify
-
-    instead = "name 'newest' or another step_* folder"
-    if not path.is_dir():
-        raise CheckpointError(f"the best checkpoint, {path}, is not there any more; {instead}")
-    try:
-        return verify(path)
-    except DamagedError as error:
-        raise CheckpointError(f"the best checkpoint is damaged ({error}); {instead}") from None
+    return checkpoint.find(checkpoints, which, log.warning)
 
 
 def read(checkpoint: Checkpoint, network: nn.Module, kind: Kind | None) -> tuple[dict[str, Tensor], Kind]:

@@ -4,11 +4,14 @@
         step_00001200/           complete: the rename that made it was the last act of the save
             rank-00000.safetensors ...   each rank's pieces of the tensors (dgt/training/tensor_files.py)
             manifest.json        step, progress, configuration, tensors; size and SHA-256 of every file
-        step_00001300.saving/    a save under way, or one that was cut off; never read, removed by the next run
-        step_00001100.damaged/   failed verification; kept for inspection, never read
+        step_00001300.0f3a96c2.saving/   a save under way, or one that was cut off; removed by the next attempt
+        step_00001100.damaged/   failed verification; the newest such one is kept for inspection
+        step_00001000.abandoned/ what the run went back behind because of bad steps; the newest is kept, too
+
+What has such a suffix is never read.
 
 Any number of ranks, under any engine, loads what any other has saved: tensors are stored by parameter name. What may
-be relied upon on which file system is said in dgt/training/files.py.
+be relied upon on which file system is said in dgt/training/files.py; what is kept, in dgt/training/retention.py.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, TypeVar
 
 from dgt.training import tensor_files
 from dgt.training.files import (
@@ -40,6 +44,8 @@ from dgt.training.interrupt import SupersededError
 from dgt.training.pieces import Pieces
 from dgt.training.tensor_files import TensorFileError, TensorFiles
 from dgt.training.world import World
+
+Result = TypeVar("Result")
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -96,6 +102,11 @@ class Checkpoint:
     def step(self) -> int:
         """Optimizer steps done when it was saved."""
         return self.manifest["step"]
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best result until then; None where nothing was evaluated."""
+        return progress_in(self.manifest).get("best_step")
 
 
 def save(
@@ -180,9 +191,8 @@ def attempt(act: Callable[[], None], world: World) -> str | None:
     except Exception as error:  # of any kind: the other ranks wait for this one's answer
         failure = f"{type(error).__name__}: {error}"
     told = world.gather((failure, superseded))
-    for _, error in told:
-        if error is not None:
-            raise error
+    if lost := next((e for _, e in told if e), None):
+        raise lost
     return next((f for f, _ in told if f), None)
 
 
@@ -219,12 +229,7 @@ def verify(path: Path) -> Checkpoint:
     manifest = read_manifest(path)
     for name, expected in manifest["files"].items():
         file = path / name
-        try:
-            found = described(file)
-        except FileNotFoundError:
-            raise DamagedError(f"{file}: is missing") from None
-        except OSError as error:
-            raise UnreadableError(f"{file}: cannot be read now: {error.strerror or error}") from None
+        found = patiently_read(file, described)
         if found["size"] != expected["size"]:
             raise DamagedError(f"{file}: {found['size']} bytes, the manifest says {expected['size']}")
         if found["sha256"] != expected["sha256"]:
@@ -235,22 +240,45 @@ def verify(path: Path) -> Checkpoint:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the checkpoint in `path`, checked against its own checksum; raises as `verify` does."""
     file = path / MANIFEST
+    text = patiently_read(file, Path.read_bytes)
     try:
-        body = json.loads(file.read_bytes())
-        stated, version = body.pop("sha256"), body["format"]
+        body = json.loads(text)
+        stated, version, own = body.pop("sha256"), body["format"], digest(body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DamagedError(f"{file}: is no manifest") from None
+    if stated != own:
+        raise DamagedError(f"{file}: its checksum is not its own, so its content has changed")
+    if version != FORMAT:
+        raise CheckpointError(f"{file}: is of checkpoint format {version}, this version reads {FORMAT}")
+    match body:
+        case {"step": int(), "files": dict(files)} if type(progress_in(body).get("best_step")) in (int, NoneType):
+            pass
+        case _:
+            raise CheckpointError(f"{file}: says other things than a save writes; it is not read")
+    if foreign := [name for name in files if not re.fullmatch(r"rank-\d{5,}\.safetensors", name)]:
+        raise CheckpointError(f"{file}: names {foreign[0]!r}, a file that no save writes; it is not read")
+    return body
+
+
+def progress_in(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The progress that a manifest tells of; empty where it tells of none."""
+    progress = manifest.get("progress")
+    return progress if isinstance(progress, dict) else {}
+
+
+def patiently_read(file: Path, read: Callable[[Path], Result]) -> Result:
+    """What `read` gives; raises DamagedError where the file is missing, UnreadableError where the disk is silent."""
+
+    def look() -> Result:
+        os.listdir(file.parent)  # an NFS client that remembers too much of the folder then asks for it anew
+        return read(file)
+
+    try:
+        return patiently(look, SHORT_PATIENCE)
     except FileNotFoundError:
         raise DamagedError(f"{file}: is missing") from None
     except OSError as error:
         raise UnreadableError(f"{file}: cannot be read now: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedError(f"{file}: is no manifest") from None
-    if stated != digest(body):
-        raise DamagedError(f"{file}: its checksum is not its own, so its content has changed")
-    if version != FORMAT:
-        raise CheckpointError(f"{file}: is of checkpoint format {version}, this version reads {FORMAT}")
-    if foreign := [name for name in body["files"] if not re.fullmatch(r"rank-\d{5,}\.safetensors", name)]:
-        raise CheckpointError(f"{file}: names {foreign[0]!r}, a file that no save writes; it is not read")
-    return body
 
 
 def newest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
@@ -274,6 +302,44 @@ def newest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
             "that folder to start afresh"
         )
     return None
+
+
+def find(folder: Path, which: str, report: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint "newest" or "best" in `folder`, or the one at the path `which`, verified. It changes nothing.
+
+    "newest" passes over damaged ones, saying so. Raises CheckpointError where there is none, where the one that was
+    named has gone or is damaged, or where the disk does not answer.
+    """
+    if which not in ("newest", "best"):
+        if not Path(which).is_dir():
+            raise CheckpointError(f"{which}: there is no such checkpoint; name a step_* folder, 'best' or 'newest'")
+        return verify(Path(which))
+    for path in committed(folder):
+        try:
+            newest = verify(path)
+        except DamagedError as error:
+            report(f"checkpoint passed over: {error}")
+            continue
+        if which == "best" and newest.best_step is None:
+            raise CheckpointError(f"{folder}: nothing was evaluated before {path.name}, so none is the best")
+        return newest if which == "newest" else best_of(newest)
+    raise CheckpointError(f"there is no whole checkpoint in {folder}; has the run saved one?")
+
+
+def best_of(newest: Checkpoint) -> Checkpoint:
+    """The best checkpoint as `newest` knows it, verified; itself where it knows of none.
+
+    Raises CheckpointError where it has gone or is damaged.
+    """
+    if newest.best_step in (None, newest.step):
+        return newest
+    path, instead = newest.path.with_name(f"step_{newest.best_step:08d}"), "name 'newest' or another step_* folder"
+    if not path.is_dir():
+        raise CheckpointError(f"the best checkpoint, {path}, is not there any more; {instead}")
+    try:
+        return verify(path)
+    except DamagedError as error:
+        raise CheckpointError(f"the best checkpoint is damaged ({error}); {instead}") from None
 
 
 @contextmanager
@@ -316,44 +382,3 @@ def read_pieces(checkpoint: Checkpoint, pieces: Pieces, world: World) -> None:
         raise UnreadableError(f"{checkpoint.path}: cannot be read now: {any_unreadable}")
     if failure:
         raise CheckpointError(f"{checkpoint.path}: does not fit this network or optimizer: {failure}")
-
-
-def discard_unfinished(folder: Path) -> None:
-    """Removes what saves that were cut off have left behind."""
-    for path in folder.glob("step_*.saving"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def prune(
-    folder: Path, config: CheckpointConfig, spared: Collection[int | None], report: Callable[[str], None]
-) -> None:
-    """Removes the committed checkpoints that `config` does not keep and whose step is not `spared`. For one rank.
-
-    Those that lack a file or a part of one count for nothing, and stay. A folder loses its committed name first, so
-    that a removal that is cut off leaves nothing that looks whole. One that cannot be removed (somebody has it open on
-    a network file system) is reported and left for the next attempt.
-    """
-    kept = 0
-    for path in committed(folder):
-        step = int(path.name.removeprefix("step_"))
-        if kept < config.keep_last:
-            kept += looks_whole(path)
-            continue
-        if step in spared or (config.keep_every_steps and step % config.keep_every_steps == 0):
-            continue
-        doomed = path.with_suffix(".saving")
-        try:
-            shutil.rmtree(doomed, ignore_errors=True)
-            path.rename(doomed)
-            shutil.rmtree(doomed)
-        except OSError as error:
-            report(f"the old checkpoint {path} could not be removed whole: {error}")
-
-
-def looks_whole(path: Path) -> bool:
-    """Whether the manifest of a committed checkpoint is its own and its files have the right sizes."""
-    try:
-        files = read_manifest(path)["files"]
-        return all((path / name).stat().st_size == entry["size"] for name, entry in files.items())
-    except (CheckpointError, OSError):
-        return False

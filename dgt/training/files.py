@@ -84,7 +84,7 @@ def sync_folder(path: Path) -> None:
 
 
 def patiently(act: Callable[[], Result], patience: float | None = None) -> Result:
-    """What `act` gives; done again for `patience` (or PATIENCE) seconds while it does not see what another node made."""
+    """What `act` gives; done again for `patience` (PATIENCE) seconds while another node's file cannot be seen."""
     until, pause = time.monotonic() + (PATIENCE if patience is None else patience), 0.01
     while True:
         try:

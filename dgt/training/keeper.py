@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dgt.training import checkpoint, run_folder
+from dgt.training import checkpoint, retention, run_folder
 from dgt.training.ema import Ema
 from dgt.training.parallel import Engine
 from dgt.training.pieces import Pieces
@@ -99,7 +99,7 @@ class Keeper:
 
     def resume(self) -> bool:
         """Restores the newest whole checkpoint; False where there is none."""
-        self.world.on_main(lambda: checkpoint.discard_unfinished(self.folder))
+        self.world.on_main(lambda: retention.discard_unfinished(self.folder))
         found = self.world.on_main(lambda: checkpoint.newest(self.folder, log.warning))
         if found is None:
             log.info("starting at step 0: there is no checkpoint in %s", self.folder)

@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dgt.training import checkpoint
-from dgt.training.checkpoint import CheckpointConfig
+from dgt.training import checkpoint, retention
+from dgt.training.checkpoint import CheckpointConfig, CheckpointError
 from dgt.training.pieces import Piece, Pieces
 from dgt.training.world import COLLECTIVE_TIMEOUT, World
 
@@ -81,7 +81,7 @@ class Saver:
     """One rank's part of the saves of a run, one at a time; all ranks call the same methods in the same order."""
 
     def __init__(self, folder: Path, world: World, permit: Callable[[], None], config: CheckpointConfig):
-        """`permit` is called on rank 0 just before a commit, and raises where there must be none."""
+        """`permit`: see `checkpoint.save`."""
         self.folder, self.world, self.permit, self.config = folder, world, permit, config
         self.writers = world
         if config.asynchronous and world.size > 1:
@@ -137,13 +137,20 @@ class Saver:
             else:
                 error = checkpoint.save(self.folder, begun.step, pieces, begun.facts, self.writers, self.permit)
             if not error and self.world.is_main:
-                best_step = begun.facts.get("progress", {}).get("best_step")
-                # A run that has gone back to an older checkpoint saves that one again: not the newest, and in use.
-                checkpoint.prune(self.folder, self.config, (begun.step, best_step), log.warning)
+                self.prune(begun)
         except BaseException as raised:  # such as a rank that was lost: raised where the loop waits for the save
             self.failure = raised
             return
         self.ended = dataclasses.replace(begun, error=error, seconds=time.perf_counter() - started)
+
+    def prune(self, begun: Saved) -> None:
+        """Lets go of older checkpoints; where that fails, `begun` is committed all the same."""
+        best_step = begun.facts.get("progress", {}).get("best_step")
+        try:
+            # A run that has gone back to an older checkpoint saves that one again: not the newest, and in use.
+            retention.prune(self.folder, self.config, (begun.step, best_step), log.warning)
+        except (OSError, CheckpointError) as error:
+            log.warning("older checkpoints in %s could not be looked through: %s", self.folder, error)
 
     def is_done(self) -> bool:
         """Whether a save is under way that has ended on all ranks, so that `finish` will not wait; asks them all."""
@@ -182,8 +189,10 @@ def side_stream() -> Callable[[], AbstractContextManager[Any]]:
     @contextmanager
     def ready() -> Iterator[None]:
         stream.wait_event(asked)
-        with torch.cuda.stream(stream):
-            yield
-        stream.synchronize()
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            stream.synchronize()  # an error must not leave copies under way: their sources change next
 
     return ready

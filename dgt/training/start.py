@@ -11,7 +11,9 @@ from typing import Literal
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from dgt.training.checkpoint import MANIFEST, Checkpoint, CheckpointError, committed, tensors_in, verify
+from dgt.training import checkpoint
+from dgt.training.checkpoint import MANIFEST, Checkpoint, CheckpointError, UnreadableError
+from dgt.training.world import World
 
 log = logging.getLogger("dgt")
 
@@ -31,24 +33,32 @@ def find(path: Path) -> Path | Checkpoint:
     """The file, or the verified checkpoint, that `path` names. Raises CheckpointError where there is none."""
     if path.is_file():
         return path
-    if (path / MANIFEST).exists():
-        return verify(path)
-    for folder in committed(path / "checkpoints"):
-        newest = verify(folder)
-        best = newest.manifest["progress"]["best_step"]
-        return newest if best in (None, newest.step) else verify(folder.with_name(f"step_{best:08d}"))
+    try:
+        if (path / MANIFEST).exists():
+            return checkpoint.verify(path)
+        if checkpoint.committed(path / "checkpoints"):
+            return checkpoint.best_of(checkpoint.find(path / "checkpoints", "newest", log.warning))
+    except CheckpointError as error:
+        raise type(error)(f"start.path: {error}") from None
+    except OSError as error:
+        raise UnreadableError(f"start.path: {path} cannot be read now: {error}") from None
     raise CheckpointError(f"start.path: {path} is no file, no step_* folder, and no run that has a checkpoint")
 
 
-def read(config: StartConfig) -> tuple[str, dict[str, Tensor]]:
+def read(config: StartConfig, found: Path | Checkpoint) -> tuple[str, dict[str, Tensor]]:
     """Where the weights are from, in words, and the tensors by name. Raises CheckpointError."""
-    found = find(Path(config.path))
     if isinstance(found, Path):
         try:
             return str(found), dict(load_state_dict(str(found), use_ema=config.weights != "raw", weights_only=True))
         except Exception as error:  # whatever a file of an unknown origin does to its reader
             raise CheckpointError(f"start.path: {found} cannot be read: {error}") from None
-    stored = tensors_in(found)
+    with checkpoint.wording(found):
+        return read_checkpoint(config, found)
+
+
+def read_checkpoint(config: StartConfig, found: Checkpoint) -> tuple[str, dict[str, Tensor]]:
+    """As `read`; raises TensorFileError and OSError, too."""
+    stored = checkpoint.tensors_in(found)
     averaged = {name for name in stored.tensors if name.startswith("ema.")}
     if config.weights == "ema" and not averaged:
         raise CheckpointError(f"start.weights: {found.path} holds no averages; set it to raw")
@@ -59,12 +69,13 @@ def read(config: StartConfig) -> tuple[str, dict[str, Tensor]]:
     return f"the {kind} weights of {found.path}", {own: stored.whole(name) for own, name in names.items()}
 
 
-def load_into(network: nn.Module, config: StartConfig) -> None:
+def load_into(network: nn.Module, config: StartConfig, world: World) -> None:
     """Gives an unwrapped `network` the weights that `config` names, and says which it did not take.
 
-    Raises CheckpointError naming the first tensor that does not fit, and both shapes.
+    All ranks call it; rank 0 alone finds and verifies them. Raises CheckpointError naming the first tensor that does
+    not fit, and both shapes.
     """
-    source, given = read(config)
+    source, given = read(config, world.on_main(lambda: find(Path(config.path))))
     own = network.state_dict()
     classifiers = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ranks import kill_self, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dgt.training import checkpoint, tensor_files
+from dgt.training import checkpoint, retention, tensor_files
 from dgt.training.checkpoint import CheckpointConfig, CheckpointError
 from dgt.training.pieces import Piece, Pieces, piece_of
 from dgt.training.world import World, joined
@@ -123,8 +124,8 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_reported_and_stops_nothing(
         if not ignore_errors:
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
-    checkpoint.prune(tmp_path, CheckpointConfig(keep_last=1), (), said.append)
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    retention.prune(tmp_path, CheckpointConfig(keep_last=1), (), said.append)
     assert len(said) == 2
     assert "Directory not empty" in said[0]
     assert [p.name for p in checkpoint.committed(tmp_path)] == ["step_00000003"]
@@ -166,7 +167,7 @@ def save_and_die(folder: Path, point: str) -> None:
 
         tensor_files.write, os.replace, Path.rename = killing_write, killing_replace, killing_rename  # type: ignore
         save(folder, 3, world)
-        checkpoint.prune(folder, CheckpointConfig(keep_last=2), (), print)
+        retention.prune(folder, CheckpointConfig(keep_last=2), (), print)
 
 
 @pytest.mark.parametrize("point", KILL_POINTS)
@@ -178,7 +179,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_newest_whole_checkpoint(tmp_p
     found = checkpoint.newest(tmp_path, print)
     assert found is not None
     assert found.step == (3 if point in ("after the rename", "while pruning") else 2)
-    checkpoint.discard_unfinished(tmp_path)
+    retention.discard_unfinished(tmp_path)
     assert all(name.startswith("step_") and "." not in name for name in names(tmp_path))
 
 
@@ -195,7 +196,7 @@ def test_an_unfinished_save_is_never_read_and_is_removed(tmp_path: Path, world: 
     save(tmp_path, 1, world)
     (tmp_path / "step_00000001").rename(tmp_path / "step_00000002.saving")
     assert checkpoint.newest(tmp_path, print) is None
-    checkpoint.discard_unfinished(tmp_path)
+    retention.discard_unfinished(tmp_path)
     assert names(tmp_path) == []
 
 
@@ -203,7 +204,7 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path, world: World) -
     for step in range(1, 7):
         save(tmp_path, step, world)
     (tmp_path / "step_00000009.saving").mkdir()
-    checkpoint.prune(tmp_path, CheckpointConfig(keep_last=2), [3, None], print)
+    retention.prune(tmp_path, CheckpointConfig(keep_last=2), [3, None], print)
     assert [p.name for p in checkpoint.committed(tmp_path)] == ["step_00000006", "step_00000005", "step_00000003"]
 
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
 
-from dgt.training import checkpoint, files, tensor_files
+from dgt.training import checkpoint, files, retention, tensor_files
 from dgt.training.checkpoint import CheckpointConfig
 from dgt.training.interrupt import SupersededError
 from dgt.training.pieces import Piece, Pieces
-from dgt.training.saver import SMALL, HostMemory, Saver
+from dgt.training.saver import SMALL, HostMemory, Saver, side_stream
 from dgt.training.world import World, joined
 
 ALONE = World(0, 1, torch.device("cpu"), None)  # type: ignore[arg-type]
@@ -183,7 +185,8 @@ def test_an_attempt_that_has_been_replaced_harms_no_save_of_the_one_that_replace
         with held(monkeypatch) as go_new:
             new.begin(1, weights(1.0), facts())
             while len(list(tmp_path.glob("*.saving"))) < 2:
-                pass
+                assert new.thread is not None
+                assert new.thread.is_alive()
             is_current[0] = False
             go_old.set()
             with pytest.raises(SupersededError):
@@ -262,6 +265,81 @@ def test_retention_spares_the_checkpoint_that_a_run_has_gone_back_to(tmp_path: P
         assert saved(one, step) is None
     assert saved(saver(tmp_path, keep_last=1), 1) is None
     assert steps(tmp_path) == [3, 1]
+
+
+def test_retention_spares_the_best_of_every_checkpoint_that_a_run_may_fall_back_to(tmp_path: Path) -> None:
+    one = saver(tmp_path, keep_last=2)
+    for step in (1, 2, 3, 4):
+        assert saved(one, step, best_step=1) is None
+    assert saved(one, 5, best_step=5) is None
+    assert steps(tmp_path) == [5, 4, 1], "should 5 be damaged, 4 still knows its best"
+    assert saved(one, 6, best_step=5) is None
+    assert steps(tmp_path) == [6, 5]
+
+
+def test_of_the_damaged_and_of_the_abandoned_the_newest_is_kept(tmp_path: Path) -> None:
+    for name in ("1.damaged", "2.damaged", "3.abandoned", "4.abandoned"):
+        (tmp_path / f"step_0000000{name}").mkdir()
+    assert saved(saver(tmp_path), 5) is None
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step_00000002.damaged", "step_00000004.abandoned", "step_00000005"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_folder_that_cannot_be_looked_through_after_the_commit_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, asynchronous: bool
+) -> None:
+    def stale(_: Path) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(retention, "committed", stale)
+    assert saved(saver(tmp_path, asynchronous=asynchronous), 1) is None
+    assert "could not be looked through: [Errno 116] Stale file handle" in caplog.text
+    assert steps(tmp_path) == [1]
+
+
+def test_a_rank_that_fails_gives_its_save_some_seconds_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = saver(tmp_path)
+    with held(monkeypatch) as go:
+        one.begin(1, weights(1.0), facts())
+        monkeypatch.setattr("dgt.training.saver.SECONDS_AT_EXIT", 0.0)
+        one.close()
+        assert steps(tmp_path) == [], "it does not wait for what takes longer"
+        threading.Thread(target=go.set).start()
+        monkeypatch.setattr("dgt.training.saver.SECONDS_AT_EXIT", 60.0)
+        one.close()
+        assert steps(tmp_path) == [1]
+
+
+def test_what_keeps_the_ranks_from_agreeing_is_raised_where_the_save_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: Any) -> None:
+        raise ConnectionError("rank 1 is lost")
+
+    one = saver(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(World, "gather", lost)
+        one.begin(1, weights(1.0), facts())
+        one.let_change()
+        with pytest.raises(ConnectionError, match="rank 1 is lost"):
+            one.finish()
+    assert one.finish() is None
+    assert saved(one, 2) is None, "nothing of it is left"
+
+
+def test_an_error_in_the_copy_leaves_no_copies_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    stream = SimpleNamespace(wait_event=lambda _: done.append("wait"), synchronize=lambda: done.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    ready = side_stream()
+    with pytest.raises(MemoryError), ready():
+        raise MemoryError
+    assert done == ["wait", "synchronize"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "no file", "no manifest"])
@@ -377,7 +455,7 @@ def killed_saves(folder: Path, asynchronous: bool, when: str) -> int:
         newest = checkpoint.newest(place, print)
         assert newest is not None
         assert newest.step == found[0]
-        checkpoint.discard_unfinished(place)
+        retention.discard_unfinished(place)
         assert sorted(path.name for path in place.iterdir()) == sorted(f"step_{step:08d}" for step in found)
         save_as_two_ranks(place, 4, asynchronous)
         assert steps(place) == [4, found[0]]

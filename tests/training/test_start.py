@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from small import small_config
 
 from dgt.config import Config
 from dgt.models import ModelConfig, build_model
 from dgt.training import checkpoint, start
-from dgt.training.checkpoint import CheckpointError
+from dgt.training.checkpoint import CheckpointError, UnreadableError
 from dgt.training.start import StartConfig
 from dgt.training.steps import StepsConfig
+from dgt.training.tensor_files import TensorFileError, TensorFiles
 from dgt.training.trainer import train
+from dgt.training.world import World, joined
 
+ALONE = World(0, 1, torch.device("cpu"), None)  # type: ignore[arg-type]
 STEPS = StepsConfig(epochs=2, global_batch_size=8, micro_batch_size=8, max_steps=2, evaluate_every_epochs=0)
 
 
@@ -43,13 +48,13 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.mark.parametrize(("weights", "part"), [("auto", "ema."), ("ema", "ema."), ("raw", "model.")])
 def test_a_run_gives_its_averaged_or_raw_weights(earlier: Config, weights: str, part: str) -> None:
     network = build_model(earlier.model, earlier.data.num_classes)
-    start.load_into(network, StartConfig(str(earlier.run_dir), weights))  # type: ignore[arg-type]
+    start.load_into(network, StartConfig(str(earlier.run_dir), weights), ALONE)  # type: ignore[arg-type]
     expected = tensors_of(earlier, part)
     assert all(torch.equal(p, expected[name]) for name, p in network.named_parameters())
     if weights == "auto":
         step = checkpoint.committed(earlier.run_dir / "checkpoints")[0]
         again = build_model(earlier.model, earlier.data.num_classes)
-        start.load_into(again, StartConfig(str(step)))
+        start.load_into(again, StartConfig(str(step)), ALONE)
         assert all(torch.equal(p, expected[name]) for name, p in again.named_parameters())
 
 
@@ -83,19 +88,73 @@ def test_fine_tuning_at_another_size_and_class_count_starts_from_the_weights_and
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(longer, "model.").items())
 
 
+def test_a_damaged_newest_checkpoint_of_the_other_run_is_passed_over_and_a_missing_best_is_named(
+    earlier: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SHORT_PATIENCE", 0.0)
+    other = tmp_path / "other"
+    shutil.copytree(earlier.run_dir, other)
+    (whole,) = checkpoint.committed(other / "checkpoints")
+    shutil.copytree(whole, whole.with_name("step_00000009"))
+    (whole.with_name("step_00000009") / "manifest.json").write_text("{")
+    network = build_model(earlier.model, earlier.data.num_classes)
+    start.load_into(network, StartConfig(str(other)), ALONE)
+    assert whole.with_name("step_00000009").is_dir(), "another run's folder is not changed"
+
+    body = checkpoint.read_manifest(whole)
+    checkpoint.write_manifest(whole, body | {"progress": body["progress"] | {"best_step": 1}})
+    with pytest.raises(CheckpointError, match=r"start\.path: the best checkpoint, .*step_00000001, is not there any"):
+        start.load_into(network, StartConfig(str(other)), ALONE)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(OSError(5, "I/O"), UnreadableError), (TensorFileError("x"), CheckpointError)]
+)
+def test_tensors_that_cannot_be_read_are_an_error_in_one_sentence(
+    earlier: Config, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
+) -> None:
+    def failing(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(TensorFiles, "whole", failing)
+    with pytest.raises(kind, match="step_00000002: "):
+        start.load_into(build_model(earlier.model, 4), StartConfig(str(earlier.run_dir)), ALONE)
+
+
+def start_as_two_ranks(path: str, config: Config) -> tuple[int, bool]:
+    """How many files this rank has hashed, and whether it has the weights."""
+    hashed, described = [], checkpoint.described
+
+    def counting(file: Path) -> dict[str, object]:
+        hashed.append(file)
+        return described(file)
+
+    checkpoint.described = counting  # type: ignore[assignment]
+    with joined() as world:
+        network = build_model(config.model, config.data.num_classes)
+        start.load_into(network, StartConfig(path), world)
+        count, averages = len(hashed), tensors_of(config, "ema.")
+        return count, torch.equal(network.state_dict()["head.fc.bias"], averages["head.fc.bias"])
+
+
+def test_one_rank_verifies_the_weights_that_all_start_from(earlier: Config) -> None:
+    results = [result.value for result in run_ranks(2, start_as_two_ranks, str(earlier.run_dir), earlier)]
+    assert results == [(1, True), (0, True)]
+
+
 def test_weights_that_do_not_fit_are_refused_with_the_first_tensor_and_both_shapes(
     earlier: Config, tmp_path: Path
 ) -> None:
     tiny = build_model(ModelConfig("dgt_tiny"), 4)
     with pytest.raises(CheckpointError, match=r"stem.conv1.weight has the shape \(16, 3, 3, 3\) there and has the "
                        r"shape \(32, 3, 3, 3\) here"):  # fmt: skip
-        start.load_into(tiny, StartConfig(str(earlier.run_dir)))
+        start.load_into(tiny, StartConfig(str(earlier.run_dir)), ALONE)
     with pytest.raises(CheckpointError, match="none is no file, no step_"):
-        start.load_into(tiny, StartConfig(str(tmp_path / "none")))
+        start.load_into(tiny, StartConfig(str(tmp_path / "none")), ALONE)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"nothing of the kind")
     with pytest.raises(CheckpointError, match=r"broken\.safetensors cannot be read"):
-        start.load_into(tiny, StartConfig(str(broken)))
+        start.load_into(tiny, StartConfig(str(broken)), ALONE)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
