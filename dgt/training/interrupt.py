@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -29,7 +30,9 @@ class SupersededError(RuntimeError):
 
 
 class Interruption:
-    """Notes SIGTERM, SIGUSR2 (a scheduler's notice) and SIGINT (Ctrl-C); a second SIGINT ends the process at once.
+    """Notes SIGTERM, SIGUSR2 (a scheduler's notice) and SIGINT (Ctrl-C).
+
+    Once a SIGINT is noted, which can be only between two calls into C, the next one ends the process at once.
 
     `deadline`: when the scheduler ends the job, as of time.time(); some time before it the ranks stop as if SIGUSR2 had
     come, because that notice can be late or missing. `announce` is called with the signal, once and on rank 0 alone,
@@ -51,7 +54,6 @@ class Interruption:
         self.allowance = 0.0 if deadline is None else max(0.0, SHARE_BEFORE_DEADLINE * (deadline - time.time()))
         self.received = 0
         """The first signal that came to this process."""
-        self.interrupts = 0
         self.longest_save = 0.0
         """Seconds that the longest save took."""
         self.decided = 0
@@ -63,12 +65,9 @@ class Interruption:
             signal.signal(number, self.note)
 
     def note(self, number: int, _frame: FrameType | None) -> None:
-        """The handler: remembers the signal and does nothing else."""
+        """The handler: remembers the signal; a second SIGINT is left to the kernel, which no call into C delays."""
         if number == signal.SIGINT:
-            self.interrupts += 1
-            if self.interrupts > 1:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
-                signal.raise_signal(signal.SIGINT)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         self.received = self.received or number
 
     def note_save(self, seconds: float) -> None:
@@ -87,6 +86,10 @@ class Interruption:
         self.looked = time.time()
         if not self.is_current():
             raise SupersededError("another attempt has taken this run over; this one leaves without saving")
+
+    def look_next(self) -> None:
+        """Has the next agreement look whether the run is still this attempt's, however short ago the last look was."""
+        self.looked = -math.inf
 
     def is_superseded(self) -> bool:
         """Whether it is another's, as of a look every few seconds."""

@@ -59,8 +59,6 @@ class Reports:
 
     def begin(self) -> None:
         """A step begins."""
-        if self.world.is_main and self.monitor.reports(self.progress.step + 1):
-            self.interruption.check_current()  # what is written to the run must be its own attempt's
         self.monitor.begin(self.progress.step + 1)
         self.stopwatch.begin()
 

@@ -52,7 +52,7 @@ def train(config: Config, interruption: Interruption | None = None) -> Outcome:
         torch.manual_seed(config.seed)
         network = task.build_model()
         if config.start.path and not world.on_main(lambda: bool(checkpoint.committed(folder.checkpoints))):
-            start.load_into(network, config.start)
+            start.load_into(network, config.start, world)
         engine = build_engine(network, world, config.engine, config.optimizer)
 
         def loader(split: str, batch_size: int, training: bool) -> Loader:
@@ -205,6 +205,8 @@ class Trainer:
 
     def leaving(self) -> bool:
         """Whether the loop ends here, on all ranks."""
+        if self.reports.monitor.reports(self.progress.step + 1):
+            self.interruption.look_next()  # what is written to the run must be its own attempt's
         return self.finished() or bool(self.asked_to_stop())
 
     def outcome(self) -> Outcome:

@@ -4,8 +4,12 @@
     RUN/hangs/BEGIN/nccl-N        NCCL's flight recorder, where there is NCCL
 
 One thread per rank watches whether the loop shows signs of life. The first that misses them writes its stacks, which
-the others' threads see, so that they write theirs before anyone ends. Where a rank's interpreter is held, so that its
-thread does not run either, faulthandler's own thread writes the stacks to the rank's log and ends it (status 1).
+the others' threads see, so that they write theirs before anyone ends. It counts its looks, not the time: while a
+process is suspended (SIGSTOP, Ctrl-Z, a scheduler's suspension) nothing is missed.
+
+Where a rank's interpreter is held, so that its thread does not run either, faulthandler's own thread writes the stacks
+to the rank's log, and an alarm ends it (SIGALRM) if nobody else does. Neither can tell that from a suspension: one that
+is longer than the alarm costs the attempt.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -23,6 +28,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dgt.training.files import PATIENCE
 from dgt.training.run_folder import RunFolder
 from dgt.training.world import World
 
@@ -33,10 +39,14 @@ log = logging.getLogger("dgt")
 
 HUNG = 75
 """Exit status of a rank that was ended because of a hang (EX_TEMPFAIL of sysexits.h: try again)."""
-SECONDS_FOR_OTHERS = 20.0
-"""How long a rank waits for the others' stacks before it ends; a network file system shows them late."""
 LOOKS = 10
-"""How often within the deadline the thread looks, but at least every second."""
+"""How often within the deadline the thread looks, but at least every LONGEST_PERIOD."""
+LONGEST_PERIOD = 30.0
+"""Seconds; each look of each rank asks the file system once."""
+SECONDS_FOR_OTHERS = PATIENCE + LONGEST_PERIOD
+"""How long a rank waits for the others' stacks before it ends; a network file system shows them late."""
+ALARM = 3
+"""After how many deadlines a process whose interpreter is held ends."""
 
 
 class Watchdog:
@@ -53,7 +63,8 @@ class Watchdog:
         """`folder`: the attempt's, the same for all ranks; `announce` is told of a hang, on the rank that meets it."""
         self.folder, self.rank, self.world_size, self.seconds = folder, rank, world_size, seconds
         self.announce = announce
-        self.last, self.doing = time.monotonic(), "starting"
+        self.period = min(LONGEST_PERIOD, seconds / LOOKS)
+        self.beats, self.doing = 0, "starting"
         self.is_over = threading.Event()
         self.thread = threading.Thread(target=self.watch, name="watchdog", daemon=True)
 
@@ -65,7 +76,6 @@ class Watchdog:
         return cls(folder, world.rank, world.size, config.guard.hang_seconds, announce)
 
     def __enter__(self) -> Watchdog:
-        self.last = time.monotonic()
         if self.seconds:
             self.thread.start()
         return self
@@ -79,19 +89,23 @@ class Watchdog:
 
     def beat(self, doing: str) -> None:
         """A sign of life; `doing`: what comes next, in words."""
-        self.last, self.doing = time.monotonic(), doing
+        self.beats, self.doing = self.beats + 1, doing
 
     def watch(self) -> None:
         """The thread: looks now and then whether this rank or another hangs."""
+        seen, looks = self.beats, 0
         try:
-            while not self.is_over.wait(min(1.0, self.seconds / LOOKS)):
-                if time.monotonic() - self.last > self.seconds:
+            while not self.is_over.wait(self.period):
+                seen, looks = self.beats, looks + 1 if self.beats == seen else 0
+                if looks * self.period > self.seconds:
                     self.end(f"rank {self.rank} has got nothing done for {self.seconds:g} s, while {self.doing}")
-                elif self.written():
+                elif self.folder.exists():
                     self.end(f"another rank hangs; rank {self.rank} stood still while {self.doing}")
-                faulthandler.dump_traceback_later(self.seconds, exit=True, file=2)  # standard error; for this thread
+                faulthandler.dump_traceback_later(self.seconds, file=2)  # standard error; for this thread
+                signal.setitimer(signal.ITIMER_REAL, ALARM * self.seconds)
         finally:
             faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def written(self) -> list[Path]:
         """Files of the ranks that have written their stacks."""
@@ -109,7 +123,7 @@ class Watchdog:
                     log.error("not everything about the hang could be written: %s", error)
             patience = time.monotonic() + SECONDS_FOR_OTHERS
             while len(self.written()) < self.world_size and time.monotonic() < patience:
-                time.sleep(0.1)
+                time.sleep(min(1.0, self.period))
         finally:
             os._exit(HUNG)  # whatever this rank is stuck in, it is not asked
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -71,17 +73,52 @@ def test_ranks_that_hang_in_a_collective_or_in_the_loader_leave_all_stacks_and_e
 
 def hold_the_interpreter(folder: Path) -> None:
     """A call into C that does not let go of the interpreter."""
-    with Watchdog(folder, 0, 1, 1.0):
-        time.sleep(0.5)  # the watchdog has looked at least once
+    os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_CREAT), 2)
+    with Watchdog(folder / "hangs", 0, 1, 1.0) as watchdog:
+        await_looks(watchdog, 2)
         ctypes.PyDLL(None).sleep(600)
 
 
-def test_a_rank_whose_interpreter_is_held_is_ended_all_the_same(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def await_looks(watchdog: Watchdog, number: int) -> None:
+    """Returns when the watchdog has looked so often."""
+    looks, wait = threading.Semaphore(0), watchdog.is_over.wait
+
+    def counted(seconds: float | None = None) -> bool:
+        looks.release()
+        return wait(seconds)
+
+    watchdog.is_over.wait = counted  # type: ignore[method-assign]
+    for _ in range(number):
+        looks.acquire()
+
+
+def test_a_rank_whose_interpreter_is_held_says_where_and_is_ended_all_the_same(tmp_path: Path) -> None:
     (result,) = run_ranks(1, hold_the_interpreter, tmp_path, check=False)
-    assert result.exitcode == 1
-    assert result.value is None
+    assert (result.exitcode, result.value) == (-signal.SIGALRM, None)
+    told = (tmp_path / "log").read_text()
+    assert "Timeout (0:00:01)!" in told
+    assert "in hold_the_interpreter" in told
+
+
+def test_a_suspended_process_has_missed_nothing_when_it_goes_on(tmp_path: Path) -> None:
+    """SIGSTOP for longer than the deadline but not than the alarm; afterwards signs of life come again."""
+    (result,) = run_ranks(1, be_suspended, tmp_path)
+    assert result.value > DEADLINE
+    assert not (tmp_path / "hangs").exists()
+
+
+def be_suspended(folder: Path) -> float:
+    """Seconds for which a process that is half-way to its deadline stood still."""
+    with Watchdog(folder / "hangs", 0, 1, DEADLINE) as watchdog:
+        await_looks(watchdog, 4)
+        begun = time.monotonic()
+        subprocess.Popen(["sh", "-c", f"sleep {1.5 * DEADLINE}; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        seconds = time.monotonic() - begun
+        await_looks(watchdog, 3)
+        watchdog.beat("going on")
+        await_looks(watchdog, 3)
+    return seconds
 
 
 def beat_now_and_then(folder: Path, seconds: float, doing: Callable[[Watchdog], None]) -> str:
