@@ -201,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--model", default="dgt_nano")
     result.add_argument("--image-size", type=int, default=64)
-    result.add_argument("--batch", type=int, default=32)
+    result.add_argument("--batch", type=int, default=64, help="default: that of the smallest recipe, dgt_nano_digits")
     result.add_argument("--steps", type=int, default=50, help="counted steps of a process; default %(default)s")
     result.add_argument("--rounds", type=int, default=8, help="processes; default %(default)s")
     result.add_argument("--check", action="store_true", help="exit with 1 where the target is missed")

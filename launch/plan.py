@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dgt.config import Config
+    from dgt.training.parallel import EngineConfig
 
 WIDTH = 100
 LONGEST_RUN = 30 * 86400.0
@@ -216,28 +217,35 @@ def checkpoints(config: Config, network: nn.Module) -> list[tuple[str, str]]:
 
 def modes(plan: Plan) -> str:
     """Memory of a rank for every engine, precision and kind of recomputation, as a table."""
-    import dataclasses
 
-    from launch.memory import estimate
+    from launch import memory
 
     columns = ("engine", "precision", "checkpointing", "weights", "gradients", "moments", "EMA", "buffers",
                "activations", "sum")  # fmt: skip
     rows: list[tuple[str, ...]] = [columns]
-    stages = (("ddp", 0), ("fsdp", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3))
-    kinds = ("none", "selective", "full") if hasattr(plan.network, "set_grad_checkpointing") else ("none",)
+    config, network, ranks = plan.config, plan.network, plan.layout.ranks
+
+    def add(label: str, engine: EngineConfig, found: memory.Memory) -> None:
+        parts = (found.weights, found.gradients, found.moments, found.average, found.buffers, found.activations,
+                 found.total)  # fmt: skip
+        numbers = [f"{value / 1e9:.2f}" for value in parts]
+        rows.append((label, engine.precision, engine.activation_checkpointing, *numbers))
+
+    kinds = ("none", "selective", "full") if hasattr(network, "set_grad_checkpointing") else ("none",)
     for precision in ("fp32", "bf16"):
         for kind in kinds:
-            for name, stage in stages:
+            for name in ("ddp", "fsdp"):
                 changes: dict[str, Any] = {"name": name, "precision": precision, "activation_checkpointing": kind}
-                zero: dict[str, Any] = {"stage": stage or 2}
-                deepspeed = dataclasses.replace(plan.config.engine.deepspeed, **zero)
-                engine = dataclasses.replace(plan.config.engine, deepspeed=deepspeed, **changes)
-                found = estimate(dataclasses.replace(plan.config, engine=engine), plan.network, plan.layout.ranks)
-                parts = (found.weights, found.gradients, found.moments, found.average, found.buffers,
-                         found.activations, found.total)  # fmt: skip
-                label = f"ZeRO {stage}" if stage else name
-                rows.append((label, precision, kind, *(f"{value / 1e9:.2f}" for value in parts)))
-    return grid(rows) + "\nGB (10^9 bytes) of one rank. ZeRO's are computed from the papers' formulas, not measured."
+                engine = replace(config.engine, **changes)
+                found = memory.estimate(replace(config, engine=engine), network, ranks)
+                add(name, engine, found)
+                if name == "fsdp":
+                    continue
+                for stage in (1, 2, 3):  # what operations make is the same there
+                    cut: dict[str, Any] = {"stage": stage}
+                    staged = replace(engine, deepspeed=replace(engine.deepspeed, **cut))
+                    add(f"ZeRO {stage}", staged, memory.zero(replace(config, engine=staged), network, ranks, found))
+    return grid(rows) + "\nGB (10^9 bytes) of one rank. ZeRO's are computed from the paper's formulas, not measured."
 
 
 def scale(plan: Plan, runs: int = 200, seed: int = 0) -> str:
