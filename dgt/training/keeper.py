@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -32,6 +31,8 @@ class Keeper:
         self.ema = Ema(engine.weights(), config.ema) if config.ema.enabled else None
         self.folder = RunFolder(config.run_dir).checkpoints
         self.saver = Saver(self.folder, world, permit, config.checkpoint)
+        self.lost_best: tuple[float | None, int | None] = None, None
+        """Value and step of the last best result whose checkpoint failed."""
         self.saved = asdict(progress)
         """The progress of the newest checkpoint; where there is none, that of a beginning."""
         self.report: Callable[[Saved], None] = lambda saved: None
@@ -44,7 +45,9 @@ class Keeper:
 
     def save(self) -> bool:
         """Begins a checkpoint; False where one is known to have failed, this or the one before."""
-        concluded = self.conclude()
+        concluded, progress = self.conclude(), self.progress
+        if progress.step == self.lost_best[1]:  # its checkpoint is tried again
+            progress.best_metric, progress.best_step = self.lost_best
         facts = {"progress": asdict(self.progress), "config": run_folder.plain(self.config)}
         self.saver.begin(self.progress.step, self.pieces(), facts)
         return concluded and (self.config.checkpoint.asynchronous or self.conclude())
@@ -71,8 +74,11 @@ class Keeper:
             raise checkpoint.SaveError(saved.error)
         if saved.error:
             log.error("%s; training goes on, the previous checkpoint stays", saved.error)
-            if progress.best_step == saved.facts["progress"]["best_step"]:
+            lost = saved.facts["progress"]["best_metric"], saved.facts["progress"]["best_step"]
+            # Where only a manifest was to be replaced, the checkpoint of that step is there all the same.
+            if saved.step != self.saved["step"] and progress.best_step == lost[1] != self.saved["best_step"]:
                 progress.best_metric, progress.best_step = self.saved["best_metric"], self.saved["best_step"]
+                self.lost_best = lost
             return False
         is_new = saved.step != self.saved["step"]
         self.saved = saved.facts["progress"]
@@ -90,17 +96,33 @@ class Keeper:
             self.conclude(must=True)
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
-        """Takes over a checkpoint's tensors and progress."""
+        """Takes over a checkpoint's tensors and progress; a best result whose checkpoint has gone does not count.
+
+        Raises CheckpointError, UnreadableError.
+        """
+        try:
+            progress = Progress(**found.manifest["progress"])
+        except (KeyError, TypeError) as error:
+            raise checkpoint.CheckpointError(f"{found.path}: its progress is of another version: {error}") from None
+        best = self.folder / f"step_{progress.best_step or 0:08d}"
+        if progress.best_step is not None and not self.world.on_main(best.is_dir):
+            log.warning("the best result, of step %d, is forgotten: %s has gone", progress.best_step, best)
+            progress.best_metric = progress.best_step = None
         pieces = self.pieces()
         checkpoint.read_pieces(found, pieces, self.world)
         self.engine.adopt(pieces)
-        self.saved = found.manifest["progress"]
-        vars(self.progress).update(asdict(Progress(**self.saved)))
+        self.saved = asdict(progress)
+        vars(self.progress).update(asdict(progress))
 
     def resume(self) -> bool:
         """Restores the newest whole checkpoint; False where there is none."""
-        self.world.on_main(lambda: retention.discard_unfinished(self.folder))
-        found = self.world.on_main(lambda: checkpoint.newest(self.folder, log.warning))
+
+        def find() -> checkpoint.Checkpoint | None:
+            retention.discard_unfinished(self.folder)
+            retention.abandon(self.folder)  # what a return to an older one that was cut off has not come to
+            return checkpoint.newest(self.folder, log.warning)
+
+        found = self.world.on_main(find)
         if found is None:
             log.info("starting at step 0: there is no checkpoint in %s", self.folder)
             return False
@@ -111,13 +133,14 @@ class Keeper:
     def return_point(self) -> checkpoint.Checkpoint | None:
         """The checkpoint that bad steps lead back to, the same on all ranks; None where there is none.
 
-        The newest from which a step was taken: one of this very step is of the weights that only bad steps come from,
-        and is returned to only where there is no other.
+        The newest from which a good step was taken. One of this very step is of the weights that only bad steps come
+        from; one that the run has gone back to before has led to bad steps again. Both are returned to only where
+        there is no older one.
         """
 
         def find() -> checkpoint.Checkpoint | None:
             newest = checkpoint.newest(self.folder, log.warning)
-            if newest is None or newest.step < self.progress.step:
+            if newest is None or newest.step not in (self.progress.step, self.progress.returned_to):
                 return newest
             for path in checkpoint.committed(self.folder)[1:]:
                 try:
@@ -132,21 +155,16 @@ class Keeper:
     def return_to(self, found: checkpoint.Checkpoint, rollbacks: int) -> None:
         """Restores all but the position in the data, and saves that at once, so that no interruption forgets it.
 
-        Checkpoints of later steps lose their names: no attempt goes on from them.
+        Checkpoints of later steps lose their names: no attempt goes on from them. A resume does it where this is cut
+        off, and knows them by the smaller number of `rollbacks`.
         """
         data = self.progress.data
         self.restore(found)
         self.progress.data, self.progress.rollbacks, self.progress.bad_in_a_row = data, rollbacks, 0
+        self.progress.returned_to = found.step
         self.save()
         self.conclude(must=True)
-
-        def abandon() -> None:
-            for path in checkpoint.committed(self.folder):
-                if path.name > found.path.name:
-                    shutil.rmtree(path.with_suffix(".abandoned"), ignore_errors=True)
-                    path.rename(path.with_suffix(".abandoned"))
-
-        self.world.on_main(abandon)
+        self.world.on_main(lambda: retention.abandon(self.folder))
 
     def close(self) -> None:
         """Lets go of a save under way; called at the end, however it came."""

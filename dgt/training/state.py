@@ -21,10 +21,14 @@ class Progress:
     """Batches since the last step that was taken."""
     rollbacks: int = 0
     """How often the run went back to a checkpoint because of bad steps."""
+    returned_to: int | None = None
+    """Step of the checkpoint that it went back to last."""
     recent_losses: list[float] = field(default_factory=list)
     """Losses of the last steps, by which a spike is known; empty where nobody looks for one."""
     evaluated_at: int = 0
     """Step after which the last complete evaluation ran."""
+    metrics: dict[str, float] | None = None
+    """What it gave."""
     best_metric: float | None = None
     """Best value of the task's metric so far."""
     best_step: int | None = None
@@ -47,4 +51,4 @@ class Outcome:
     signal: int = 0
     """The signal that interrupted it."""
     metrics: dict[str, float] | None = None
-    """Metrics of the last evaluation in this call."""
+    """Metrics of the last evaluation, where the run has finished."""
