@@ -71,16 +71,22 @@ def beginning(config: Config) -> None:
 
     Those that it starts from are not needed any more once the run has a checkpoint of its own.
     """
-    from dgt.config import ConfigError
     from dgt.training.checkpoint import committed
     from dgt.training.run_folder import RunFolder
     from dgt.training.start import find
 
     if config.start.path and not committed(RunFolder(config.run_dir).checkpoints):
         find(Path(config.start.path))
-    teacher = config.task.distillation
-    if teacher.teacher and not Path(teacher.checkpoint_path).is_file():
-        raise ConfigError(f"task.distillation.checkpoint_path: there is no file {teacher.checkpoint_path}")
+    teacher(config)
+
+
+def teacher(config: Config) -> None:
+    """Raises ConfigError where the weights of a teacher are not there."""
+    from dgt.config import ConfigError
+
+    distillation = config.task.distillation
+    if distillation.teacher and not Path(distillation.checkpoint_path).is_file():
+        raise ConfigError(f"task.distillation.checkpoint_path: there is no file {distillation.checkpoint_path}")
 
 
 def augmentation(config: Config) -> None:

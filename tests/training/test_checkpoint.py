@@ -16,7 +16,7 @@ from ranks import kill_self, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dgt.training import checkpoint, retention, tensor_files
+from dgt.training import checkpoint, files, retention, tensor_files
 from dgt.training.checkpoint import CheckpointConfig, CheckpointError
 from dgt.training.pieces import Piece, Pieces, piece_of
 from dgt.training.world import World, joined
@@ -52,7 +52,7 @@ def test_a_checkpoint_reads_back_what_was_saved(tmp_path: Path, world: World) ->
     assert set(found.manifest["files"]) == {"rank-00000.safetensors"}
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "manifest flip", "no manifest"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "manifest flip", "no manifest", "nested"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_set_aside(
     tmp_path: Path, world: World, damage: str
 ) -> None:
@@ -70,6 +70,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_set_aside(
         data.unlink()
     elif damage == "manifest":
         (newest / "manifest.json").write_text('{"format": 1, "st')
+    elif damage == "nested":
+        (newest / "manifest.json").write_text("[" * 100_000)
     elif damage == "manifest flip":
         text = (newest / "manifest.json").read_text()
         (newest / "manifest.json").write_text(text.replace('"step": 2', '"step": 6'))
@@ -83,6 +85,19 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_set_aside(
     assert "step_00000002" in said[0]
     assert names(tmp_path) == ["step_00000001", "step_00000002.damaged"]
     assert save(tmp_path, 2, world) is None, "the step can be saved again"
+
+
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "manifest.json"])
+def test_a_file_that_a_node_wrongly_remembers_as_missing_is_looked_for_again(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    save(tmp_path, 1, world)
+    file, hidden = tmp_path / "step_00000001" / name, tmp_path / "hidden"
+    file.rename(hidden)
+    monkeypatch.setattr(files.time, "sleep", lambda _: hidden.exists() and hidden.rename(file))
+    found = checkpoint.newest(tmp_path, print)
+    assert found is not None
+    assert names(tmp_path) == ["step_00000001"]
 
 
 @pytest.mark.parametrize("problem", ["input/output error", "another format"])

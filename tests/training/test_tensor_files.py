@@ -206,6 +206,22 @@ def test_a_file_that_another_node_has_just_made_is_waited_for(tmp_path: Path, mo
         files.patiently(lambda: (tmp_path / "never").stat())
 
 
+def test_files_that_stay_away_cost_the_wait_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    (tmp_path / "7").write_bytes(b"x")
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if now[0] > 60:
+            (tmp_path / "0").write_bytes(b"x")
+
+    monkeypatch.setattr(files.time, "sleep", sleep)
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+    with pytest.raises(FileNotFoundError):
+        files.await_sizes(tmp_path, {str(number): 1 for number in range(8)})
+    assert 60 < now[0] <= files.PATIENCE
+
+
 def test_a_rename_whose_answer_was_lost_counts_as_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
     rename = Path.rename
