@@ -74,12 +74,12 @@ class CheckpointConfig:
     every_steps: int = 1000
     """Save after every this many optimizer steps (and at the end, after a better evaluation, at an interruption)."""
     keep_last: int = 3
-    """How many of the newest are kept; the best one is kept besides."""
+    """How many of the newest are kept; what each of them calls the best is kept besides."""
     keep_every_steps: int = 0
     """Keep for good those of every this many optimizer steps, too; 0 = none."""
     asynchronous: bool = True
-    """Train on as soon as the tensors are copied to host memory, which then holds them once more; else wait for the
-    disk."""
+    """Train on while a thread copies the tensors to host memory, which then holds them once more, and writes them; else
+    wait for the disk."""
     on_error: Literal["continue", "stop"] = "continue"
     """What to do when a save fails, for instance on a full disk: train on with the previous one, or stop."""
 
