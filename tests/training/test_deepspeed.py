@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from recipes import Recipe, always, assembled, config_of, losses
 from small import small_config
 from torch import Tensor, nn
 
-from dgt.config import ConfigError
+from dgt.config import ConfigError, to_yaml
 from dgt.models import ModelConfig
 from dgt.training import checkpoint
 from dgt.training.ema import Ema, EmaConfig
@@ -131,6 +134,20 @@ def test_state_of_any_engine_loads_into_any_other_at_any_number_of_ranks(tmp_pat
             for source, following in result.value.items():
                 # Sums over six samples, in another order.
                 assert following == pytest.approx([following[0]] * len(ENGINES), rel=1e-5), source
+
+
+@pytest.mark.deepspeed
+def test_a_run_without_a_launcher_is_one_rank(tmp_path: Path) -> None:
+    steps = StepsConfig(epochs=1, global_batch_size=8, micro_batch_size=8, max_steps=2, evaluate_every_epochs=0)
+    config = replace(small_config(tmp_path, steps=steps), engine=config_of("zero2", threads=1))
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("RANK") and k != "WORLD_SIZE"}
+    command = [sys.executable, "-m", "launch.train", "--config", str(tmp_path / "config.yaml")]
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "training is complete after step 2" in done.stdout
 
 
 def selective() -> Tensor:

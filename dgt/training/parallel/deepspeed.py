@@ -238,6 +238,7 @@ def imported() -> Any:
     """The package, told of the device and quiet."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists; a run that was started without a launcher is one rank
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # the loop itself reports steps that are not taken
