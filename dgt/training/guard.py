@@ -15,13 +15,14 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dgt.training import json_lines
 from dgt.training.files import write_durably
 from dgt.training.state import Progress, position
 from dgt.training.world import COLLECTIVE_TIMEOUT, World
@@ -120,13 +121,12 @@ class Guard:
         on = f", on rank {', '.join(map(str, ranks))} from samples {row['suspects']}" if ranks else ""
         log.warning("step %d skipped: %s%s (sample ids %s)", row["step"], self.last_fault, on, self.last_ids)
         if self.world.is_main:
-            self.write(json.dumps(row) + "\n")
+            self.write(row)
 
-    def write(self, line: str) -> None:
+    def write(self, row: Mapping[str, Any]) -> None:
         """Appends to the list; a full disk costs the line, not the run."""
         try:
-            with self.path.open("a") as file:
-                file.write(line)
+            json_lines.append(self.path, row)
         except OSError as error:
             log.error("a bad step could not be noted in %s: %s", self.path, error)
 
@@ -155,16 +155,11 @@ class Guard:
         return (
             f"training stops. The last bad step was of the samples {self.last_ids}; {self.path} lists all. Where they "
             "are always the same, look at these samples. Else lower optimizer.lr or optimizer.clip_grad_norm, or "
-            "choose a wider engine.precision, under another name=; a larger guard.max_rollbacks lets this run try again"
+            "choose a wider engine.precision, under another name=; a larger guard.max_rollbacks lets this run try "
+            "again, from its newest checkpoint and with the data that followed it, these samples included"
         )
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """All bad steps of the list at `path`, oldest first; lines that a kill or full disk has cut are passed over."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    return list(json_lines.read(path, "step", "epoch", "consumed"))

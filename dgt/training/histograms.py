@@ -7,36 +7,35 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from dgt.training.parallel import Engine
+
 NUM_BINS = 64
 
 
-def distributions(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def distributions(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """The finite elements of each parameter and its gradient, float32 on the CPU: weights/NAME and gradients/NAME.
 
-    Of a sharded tensor this rank's shard; nothing where an engine keeps gradients elsewhere or a shard is empty.
+    Of what this rank holds of them; nothing of a tensor where that is empty.
     """
-    for name, parameter in network.named_parameters():
-        for kind, tensor in (("weights", parameter), ("gradients", parameter.grad)):
-            if tensor is None:
-                continue
-            own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            values = own.detach().float().cpu().flatten()
+    weights = {name: piece.local for name, piece in engine.weights().items()}
+    for kind, tensors in (("weights", weights), ("gradients", engine.gradients())):
+        for name, tensor in tensors.items():
+            values = tensor.detach().float().cpu().flatten()
             if len(finite := values[torch.isfinite(values)]):
                 yield f"{kind}/{name}", finite
 
 
-def add(curves: SummaryWriter, network: nn.Module, step: int) -> None:
+def add(curves: SummaryWriter, engine: Engine, step: int) -> None:
     """Writes one TensorBoard histogram per parameter and per gradient, of 64 equal bins from least to largest.
 
     SummaryWriter.add_histogram sorts into 1,500 bins, which takes many times as long.
     """
-    for name, values in distributions(network):
+    for name, values in distributions(engine):
         numbers = values.double().numpy()
         counts, edges = np.histogram(numbers, NUM_BINS)
         curves.add_histogram_raw(

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from dgt.training import events, histograms, hyperparameters, pictures, profiling
+from dgt.training import events, histograms, hyperparameters, json_lines, pictures, profiling
 from dgt.training.checkpoint import write_durably
 from dgt.training.flops import peak_flops
 from dgt.training.profiling import Profiler
@@ -29,6 +28,8 @@ from dgt.training.state import Outcome
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+    from dgt.training.parallel import Engine
 
 log = logging.getLogger("dgt")
 
@@ -41,7 +42,8 @@ class MonitorConfig:
     """What is reported, and how often."""
 
     log_every: int = 50
-    """Report after every this many optimizer steps."""
+    """Report after every this many optimizer steps. Sums and maxima since the last report (rates, train/grad_norm_max,
+    train/clipped_share) begin anew where an attempt begins."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     log_samples: bool = False
@@ -51,7 +53,7 @@ class MonitorConfig:
     """Show up to 16 training images in TensorBoard, as the network sees them, of every this manieth step; 0 = never."""
     histograms_every: int = 0
     """Show in TensorBoard how rank 0's weights and clipped gradients are distributed, in every this manieth step; takes
-    time and space. 0 = never."""
+    time and space. Gradients are not shown under deepspeed, which keeps them elsewhere. 0 = never."""
     profile_steps: tuple[int, ...] = ()
     """First and last step of which rank 0 writes a trace to profiles/, at most 10, such as [10, 12]; empty = none. A
     file RUN/profile with a number of steps in it asks for one while the run goes on."""
@@ -166,10 +168,10 @@ class Monitor:
         """Whether this rank shows training images of this step."""
         return self.curves is not None and is_multiple(step, self.config.images_every)
 
-    def distributions(self, step: int, network: nn.Module) -> None:
+    def distributions(self, step: int, engine: Engine) -> None:
         """Shows, where it is time to, the weights before this step and their gradients."""
         if self.curves is not None and is_multiple(step, self.config.histograms_every):
-            self.show(step, "the histograms", lambda curves: histograms.add(curves, network, step))
+            self.show(step, "the histograms", lambda curves: histograms.add(curves, engine, step))
 
     def tell_events(self, step: int, ending: str = "") -> None:
         """Puts the launcher's events into TensorBoard as a table, with the attempt's `ending` below where it has one.
@@ -260,13 +262,10 @@ class Monitor:
         """One line of metrics.jsonl and one point per TensorBoard curve; a full disk costs points, not the run."""
         try:
             finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-            separator = ""
             if self.has_failed:
-                separator = "\n" if is_cut(self.folder.metrics) else ""
                 self.open_curves(max(step, self.plotted + 1))  # what is there of this attempt stays
                 self.has_failed = False
-            with self.folder.metrics.open("a") as file:
-                file.write(separator + json.dumps({"step": step, **finite}) + "\n")
+            json_lines.append(self.folder.metrics, {"step": step, **finite})
             self.plot(step, scalars)
         except OSError as error:
             self.failed(f"the metrics of step {step} could not be written", error)
@@ -329,15 +328,6 @@ def memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def is_cut(path: Path) -> bool:
-    """Whether the file's last line is not whole."""
-    if not path.exists():
-        return False
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - 1, 0))
-        return file.read(1) not in (b"", b"\n")
-
-
 def forget_after(metrics: Path, resumed: Resumed) -> dict[int, dict[str, float]]:
     """Drops from metrics.jsonl, at once, what comes after `resumed`, and lines that a kill or full disk has cut off.
 
@@ -345,11 +335,10 @@ def forget_after(metrics: Path, resumed: Resumed) -> dict[int, dict[str, float]]
     """
     kept: list[str] = []
     training: dict[int, dict[str, float]] = {}
-    for line in metrics.read_text().splitlines() if metrics.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
+    for row in json_lines.read(metrics, "step") if metrics.exists() else ():
+        if not all(isinstance(value, int | float | None) for value in row.values()):
             continue
+        line = json.dumps(row)
         step, evaluated = row.pop("step"), any(name.startswith("val/") for name in row)
         if step > resumed.step or (step == resumed.step and evaluated and resumed.evaluation_is_due):
             continue

@@ -72,6 +72,8 @@ class Reports:
         """A step was taken; `seconds`: that it lasted, and that it waited for its batch."""
         step = self.progress.step
         scalars = {"train/loss": result.loss, "train/lr": lr, "train/grad_norm": result.grad_norm}
+        if result.loss_scale is not None:
+            scalars["train/loss_scale"] = result.loss_scale
         if self.monitor.reports(step):
             scalars |= self.of_all_ranks(batch)
         if self.monitor.shows_images(step):

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dgt.training import json_lines
 from dgt.training.files import write_durably
 from dgt.training.run_folder import RunFolder
 from dgt.training.state import Progress, position
@@ -47,11 +48,8 @@ class SampleLog:
             return
         epoch, consumed = position(data)
         row = {"step": step, "epoch": epoch, "consumed": consumed, "ids": list(ids), "used": used}
-        line = json.dumps(row) + "\n"
         try:
-            # opened anew each time: what was closed survives the death of this node on a network file system
-            with self.path.open("a") as file:
-                file.write("\n" + line if self.has_failed else line)  # the failed line may have left its beginning
+            json_lines.append(self.path, row)
             self.has_failed = False
         except OSError as error:
             self.failed(f"the sample ids of step {step} could not be written", error)
@@ -89,12 +87,8 @@ def bring_to(path: Path, resumed: Progress) -> None:
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of one file."""
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.keys() >= {"step", "epoch", "consumed", "ids", "used"}:
+    for row in json_lines.read(path, "step", "epoch", "consumed", "used"):
+        if isinstance(row.get("ids"), list):
             yield row
 
 

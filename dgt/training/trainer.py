@@ -97,7 +97,6 @@ class Trainer:
         self.keeper = Keeper(config, world, engine, self.progress, interruption.check_current)
         self.guard = Guard(config.guard, world, self.progress, RunFolder(config.run_dir).bad_steps)
         self.reports = Reports(config, world, self.progress, training_data, interruption)
-        self.metrics: dict[str, float] | None = None
         self.steps_per_epoch = len(training_data)
         self.scheduled_steps = config.steps.epochs * self.steps_per_epoch
         self.last_step = min(self.scheduled_steps, config.steps.max_steps or self.scheduled_steps)
@@ -161,7 +160,7 @@ class Trainer:
             accepted = self.guard.accepts(loss, norm)
             if accepted:
                 self.keeper.let_change()
-                self.reports.monitor.distributions(progress.step + 1, self.engine.network)
+                self.reports.monitor.distributions(progress.step + 1, self.engine)
             return accepted
 
         result = self.engine.train_step(parts, loss_of, lr, accept)
@@ -212,7 +211,7 @@ class Trainer:
     def outcome(self) -> Outcome:
         """How the loop has ended."""
         if self.finished():
-            return Outcome("finished", self.progress.step, metrics=self.metrics)
+            return Outcome("finished", self.progress.step, metrics=self.progress.metrics)
         return Outcome("interrupted", self.progress.step, signal=self.asked_to_stop())
 
     def asked_to_stop(self) -> int:
@@ -239,7 +238,7 @@ class Trainer:
             return False
         metrics = self.task.metrics(totals)
         progress, value = self.progress, metrics[self.task.best_metric]
-        self.metrics, progress.evaluated_at = metrics, progress.step
+        progress.metrics, progress.evaluated_at = metrics, progress.step
         if progress.best_metric is None or value > progress.best_metric:
             progress.best_metric, progress.best_step = value, progress.step
         self.reports.monitor.evaluation(progress.step, metrics, self.task.confusion(totals))

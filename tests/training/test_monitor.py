@@ -7,6 +7,7 @@ import json
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from tensorboard.summary.writer import event_file_writer
 from dgt.training import pictures
 from dgt.training.checkpoint import newest, tensors_in
 from dgt.training.monitor import Monitor, MonitorConfig, Resumed, Size, clock
+from dgt.training.pieces import piece_of
 from dgt.training.run_folder import RunFolder
 from dgt.training.state import Outcome
 from dgt.training.steps import StepsConfig
@@ -47,8 +49,10 @@ def report(folder: RunFolder, resumed_at: int, last: int, loss: float) -> None:
 def test_curves_continue_after_a_resume_without_overlap_or_gap(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     report(folder, 0, 7, loss=0.0)  # killed after step 7; the newest checkpoint is of step 4
-    with folder.metrics.open("a") as file:
-        file.write('{"step": 8, "train/lo')  # cut off by the kill
+    with folder.metrics.open("ab") as file:
+        file.write(
+            b'[1]\n{"val/top1": 1}\n{"step": 2, "train/loss": "x"}\n\xff\n{"step": 8, "train/lo'
+        )  # the last is a kill's
     report(folder, 4, 12, loss=100.0)
     expected = [float(s) for s in range(1, 5)] + [100.0 + s for s in range(5, 13)]
     rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
@@ -139,10 +143,13 @@ def test_a_finished_run_is_in_the_table_of_runs_once_with_its_settings_and_metri
 def test_weights_and_gradients_have_histograms_when_it_is_time_without_what_is_not_finite(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     network = torch.nn.Linear(2, 2)
-    network.weight.grad = torch.tensor([[1.0, float("nan")], [float("inf"), 3.0]])
+    engine = SimpleNamespace(
+        weights=lambda: {name: piece_of(p, 0, 1) for name, p in network.named_parameters()},
+        gradients=lambda: {"weight": torch.tensor([[1.0, float("nan")], [float("inf"), 3.0]])},
+    )
     monitor = Monitor(MonitorConfig(histograms_every=2), folder, SIZE, Resumed(), is_main=True)
     for step in (1, 2, 3):
-        monitor.distributions(step, network)
+        monitor.distributions(step, engine)  # type: ignore[arg-type]
     monitor.close()
     events = curves(folder)
     assert sorted(events.Tags()["histograms"]) == ["gradients/weight", "weights/bias", "weights/weight"]

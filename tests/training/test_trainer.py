@@ -210,7 +210,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_a_finished_run_ends_at_once_when_it_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = short(tmp_path, monitor=MonitorConfig(log_every=1, log_samples=True))
-    train(config)
+    first = train(config)
     before = content(config.run_dir)
     assert {name.split("/")[0] for name in before} == {
         "config.yaml", "metrics.jsonl", "tensorboard", "samples", "checkpoints"
@@ -224,6 +224,8 @@ def test_a_finished_run_ends_at_once_when_it_is_started_again(tmp_path: Path, mo
             interruption.note(number, None)
         outcome = train(config, interruption)
         assert (outcome.status, outcome.step, outcome.signal) == ("finished", 2, 0)
+        assert outcome.metrics == first.metrics
+        assert outcome.metrics is not None
     assert content(config.run_dir) == before
 
 

@@ -97,6 +97,10 @@ class DeepSpeedEngine(Engine):
         }
         return {name: (frozen | mastered)[name] for name in self.shapes}
 
+    def gradients(self) -> dict[str, Tensor]:
+        """None: ZeRO keeps them in buffers of its own."""
+        return {}
+
     def moments(self) -> Pieces:
         """The optimizer's state, cut as the weights are; what a partition has once goes by every parameter's name."""
         rank, size = self.world.rank, self.world.size

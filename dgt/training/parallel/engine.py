@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -45,6 +45,8 @@ class StepResult:
     """Weights and moments were updated; else nothing was changed."""
     rescaled: bool = False
     """Not taken because the loss scale was too large for float16, and has been lowered: to be tried again."""
+    loss_scale: float | None = None
+    """The factor on the loss that the gradient was computed with; None where there is none."""
 
 
 class Engine:
@@ -103,13 +105,14 @@ class Engine:
             total += loss.detach()
         if self.world.size > 1:
             dist.all_reduce(total)
+        scale = self.loss_scale.value if self.loss_scale else None
         self.attempts += 1
         collect_after(self.attempts, self.config.collect_garbage_every)
         result = self.update(float(total), accept)
         if not result.taken:  # running statistics have seen the batch
             for buffer, before in zip(self.network.buffers(), statistics, strict=True):
                 buffer.copy_(before)
-        return result
+        return replace(result, loss_scale=scale)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of one micro-batch, times the loss scale, to what there is."""
@@ -167,6 +170,11 @@ class Engine:
         """The float32 weights that the optimizer updates, by parameter name; they share memory with it."""
         rank, size = self.world.rank, self.world.size
         return {name: piece_of(p, rank, size) for name, p in self.network.named_parameters()}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """This rank's part of the gradients that the optimizer reads, by parameter name, while `accept` is asked."""
+        found = {name: p.grad for name, p in self.network.named_parameters() if p.grad is not None}
+        return {name: g.to_local() if isinstance(g, DTensor) else g for name, g in found.items()}
 
     def moments(self) -> Pieces:
         """The optimizer's state by parameter name."""
