@@ -127,25 +127,29 @@ def save(
     wrong; what was there before is untouched either way.
     """
     final = folder / f"step_{step:08d}"
-    if world.on_main(final.exists):
+    try:
+        is_there = world.on_main(final.exists)
+    except OSError as error:  # raised on all ranks alike
+        return f"{final} cannot be looked for: {error}"
+    if is_there:
 
         def replace() -> None:
             if world.is_main:
                 permit()
                 replace_facts(final, facts)
 
-        error = attempt(replace, world)
-        return error and f"the manifest of {final} could not be replaced: {error}"
+        failure = attempt(replace, world)
+        return failure and f"the manifest of {final} could not be replaced: {failure}"
 
     # A name of its own: an attempt that does not know yet that another has taken over must not meet that one's files.
     temporary = final.with_suffix(f".{world.on_main(lambda: secrets.token_hex(4))}.saving")
     try:
-        error = write_new(temporary, final, {"format": FORMAT, "step": step, **facts}, pieces, world, permit)
-        free = world.on_main(lambda: free_space(folder)) if error else ""
+        failure = write_new(temporary, final, {"format": FORMAT, "step": step, **facts}, pieces, world, permit)
+        free = world.on_main(lambda: free_space(folder)) if failure else ""
     finally:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-    return error and f"the checkpoint of step {step} could not be written to {folder} ({free}): {error}"
+    return failure and f"the checkpoint of step {step} could not be written to {folder} ({free}): {failure}"
 
 
 def write_new(

@@ -105,7 +105,7 @@ class Keeper:
         except (KeyError, TypeError) as error:
             raise checkpoint.CheckpointError(f"{found.path}: its progress is of another version: {error}") from None
         best = self.folder / f"step_{progress.best_step or 0:08d}"
-        if progress.best_step is not None and not self.world.on_main(best.is_dir):
+        if progress.best_step is not None and not self.world.on_main(lambda: best in checkpoint.committed(self.folder)):
             log.warning("the best result, of step %d, is forgotten: %s has gone", progress.best_step, best)
             progress.best_metric = progress.best_step = None
         pieces = self.pieces()

@@ -287,15 +287,20 @@ def test_of_the_damaged_and_of_the_abandoned_the_newest_is_kept(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_folder_that_cannot_be_looked_through_after_the_commit_stops_nothing(
+def test_a_folder_that_cannot_be_looked_through_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, asynchronous: bool
 ) -> None:
     def stale(_: Path) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    monkeypatch.setattr(retention, "committed", stale)
-    assert saved(saver(tmp_path, asynchronous=asynchronous), 1) is None
+    one = saver(tmp_path, asynchronous=asynchronous)
+    with monkeypatch.context() as patched:
+        patched.setattr(retention, "committed", stale)
+        assert saved(one, 1) is None
     assert "could not be looked through: [Errno 116] Stale file handle" in caplog.text
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "exists", stale)
+        assert "step_00000002 cannot be looked for: [Errno 116] Stale file handle" in (saved(one, 2) or "")
     assert steps(tmp_path) == [1]
 
 
