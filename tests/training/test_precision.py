@@ -125,6 +125,7 @@ def test_an_overflow_lowers_the_scale_on_all_ranks_and_leaves_the_true_gradient(
             assert overflowed, f"{label}: nothing overflowed, so that nothing was tested"
             assert all(r.rescaled and not r.taken for r, _ in overflowed), label
             assert [s for _, s in outcomes] == [2.0 ** (23 - i) for i in range(len(overflowed))] + [last], label
+            assert [r.loss_scale for r, _ in outcomes] == [2.0 ** (24 - i) for i in range(len(outcomes))], label
             assert taken.taken, label
             assert not taken.rescaled, label
             # float16 keeps 11 bits, and the network is three roundings deep.
