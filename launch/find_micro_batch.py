@@ -22,6 +22,7 @@ if not __package__:  # started as a file: what is imported must come from beside
 
 from launch import checks, program
 from launch.runs import LaunchError
+from launch.traffic import image_size
 
 if TYPE_CHECKING:
     from dgt.config import Config
@@ -98,7 +99,7 @@ def train_candidate(config: Config, ranks: int, size: int) -> int:
     from dgt.training.parallel import build_engine
     from dgt.training.world import joined, set_threads
 
-    side = config.data.largest_image_size
+    side = image_size(config)
     with joined() as world:
         set_threads(config.engine.threads)
         engine_config = dataclasses.replace(config.engine, name="ddp") if ranks > 1 else config.engine

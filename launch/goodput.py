@@ -20,6 +20,9 @@ NODES = tuple(2**i for i in range(13))
 Z95 = 1.96
 """Standard errors on either side that hold the mean with a probability of 95 %."""
 
+LEAST_STALL = 0.1
+"""Seconds that a checkpoint is assumed to cost at least: ranks agree, thousands of tensors are copied one by one."""
+
 
 @dataclass(frozen=True)
 class Faults:
@@ -163,9 +166,10 @@ class Cluster:
 
     node_mtbf: float
     """Seconds between failures of one node."""
-    stall: float
-    commit_of: float
-    """Bytes of one checkpoint, which the nodes write together."""
+    checkpoint: float
+    """Bytes of one checkpoint, which the nodes copy and write together."""
+    copy_per_node: float
+    """Bytes/s from the memory of a node's GPUs to the host's."""
     write_per_node: float
     """Bytes/s to storage."""
     restart: float
@@ -177,12 +181,20 @@ class Cluster:
     storage: float | None = None
     """Bytes/s of the storage for all nodes together; None: unknown, taken as enough."""
 
+    asynchronous: bool = True
+    """Writing goes on beside the training."""
+
     def faults(self, nodes: int) -> Faults:
-        """Of a run on so many nodes: one whole checkpoint is written by all, and read by every node."""
+        """Of a run on so many nodes: one whole checkpoint is copied and written by all, and read by every node.
+
+        The copy is counted in full, which is an upper bound: it overlaps with the next forward and backward pass.
+        """
         total = self.storage or math.inf
-        write = self.commit_of / min(nodes * self.write_per_node, total)
-        load = self.commit_of / min(self.read_per_node or self.write_per_node, total / nodes)
-        return Faults(nodes / self.node_mtbf, self.stall, self.restart + load, write)
+        copy = max(self.checkpoint / (nodes * self.copy_per_node), LEAST_STALL)
+        write = self.checkpoint / min(nodes * self.write_per_node, total)
+        load = self.checkpoint / min(self.read_per_node or self.write_per_node, total / nodes)
+        stall, commit = (copy, write) if self.asynchronous else (copy + write, 0.0)
+        return Faults(nodes / self.node_mtbf, stall, self.restart + load, commit)
 
     def input_share(self, nodes: int) -> float:
         """Share of the needed shard bandwidth that a node gets, at most 1."""

@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from launch.traffic import image_size
+
 if TYPE_CHECKING:
     from dgt.config import Config
     from dgt.training.parallel import Engine
@@ -56,18 +58,18 @@ class Memory:
         return sum(vars(self).values())
 
 
-def parameters(network: nn.Module) -> int:
-    """Number of weights."""
-    return sum(p.numel() for p in network.parameters())
+def parameters(network: nn.Module, only_trained: bool = False) -> int:
+    """Number of weights, or of those that are not frozen."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad or not only_trained)
 
 
 def checkpoint_bytes(config: Config, network: nn.Module) -> int:
     """Size of one checkpoint, float32: weights, the optimizer's moments, the average; a manifest of kilobytes besides.
 
-    Muon keeps one moment of the matrices and two of the rest; it is counted as two.
+    Frozen weights have no moments. Muon keeps one moment of the matrices and two of the rest; it is counted as two.
     """
-    copies = 1 + MOMENTS.get(config.optimizer.name, 2) + config.ema.enabled
-    return copies * FLOAT32 * parameters(network)
+    moments = MOMENTS.get(config.optimizer.name, 2) * parameters(network, only_trained=True)
+    return FLOAT32 * ((1 + config.ema.enabled) * parameters(network) + moments)
 
 
 def estimate(config: Config, network: nn.Module, ranks: int) -> Memory:
@@ -82,9 +84,8 @@ def estimate(config: Config, network: nn.Module, ranks: int) -> Memory:
     if ranks == 1 and name == "ddp":
         return of_peak(simulate(config, 1))
     apart = of_peak(simulate(config, ranks, gradients_apart=True))
-    once = FLOAT32 * parameters(network)
     if name == "ddp":
-        return dataclasses.replace(apart, gradients=once)
+        return dataclasses.replace(apart, gradients=FLOAT32 * parameters(network, only_trained=True))
     return zero(config, network, ranks, apart)
 
 
@@ -94,17 +95,19 @@ def zero(config: Config, network: nn.Module, ranks: int, apart: Memory) -> Memor
     Stages 1 to 3 cut the optimizer's state, the gradients, the weights. Master weights in float32 are a copy.
     Stage 3 holds two blocks whole at a time, the one at work and the one fetched ahead.
     """
-    options, count = config.engine.deepspeed, parameters(network)
-    once, part = FLOAT32 * count, FLOAT32 * -(-count // ranks)
+    options, trained = config.engine.deepspeed, parameters(network, only_trained=True)
+    whole, once, part = (FLOAT32 * count for count in (parameters(network), trained, -(-trained // ranks)))
+    held = -(-whole // ranks) if options.stage == 3 else whole
+    frozen = (held - part) if options.stage == 3 else (whole - once)
     host = options.offload == "cpu"
-    bucket = int(options.settings.get("zero_optimization", {}).get("reduce_bucket_size", 500_000_000))
+    bucket = int(options.settings.get("zero_optimization", {}).get("reduce_bucket_size", trained))
     return dataclasses.replace(
         apart,
-        weights=(part if options.stage == 3 else once) + (0 if host else part),
+        weights=held + (0 if host else part),
         gradients=once if options.stage == 1 else 0 if host else part,
         moments=0 if host else MOMENTS.get(config.optimizer.name, 2) * part,
-        average=0 if host or not config.ema.enabled else part,
-        buffers=FLOAT32 * min(bucket, count) + (2 * FLOAT32 * largest_block(network) if options.stage == 3 else 0),
+        average=(frozen + (0 if host else part)) if config.ema.enabled else 0,
+        buffers=FLOAT32 * min(bucket, trained) + (2 * FLOAT32 * largest_block(network) if options.stage == 3 else 0),
     )
 
 
@@ -157,7 +160,7 @@ def simulate(config: Config, ranks: int, gradients_apart: bool = False) -> Count
                 ledger.call(parameter, "weights")
             ledger.kind = "average"
             average = Ema(engine.weights(), plain.ema) if plain.ema.enabled else None
-            for parameter in network.parameters():
+            for parameter in (p for p in network.parameters() if p.requires_grad):
                 hook = ledger.forget_gradient if gradients_apart else ledger.note_gradient
                 parameter.register_post_accumulate_grad_hook(hook)
             steps(plain, task, engine, ledger, plain.steps.share(ranks))
@@ -172,7 +175,7 @@ def steps(config: Config, task: Any, engine: Engine, ledger: Ledger, share: int)
     """One optimizer step over `share` samples; the ledger's peak is counted from its beginning."""
     from dgt.tasks.task import Inputs
 
-    side, micro = config.data.largest_image_size, min(config.steps.micro_batch_size, share)
+    side, micro = image_size(config), min(config.steps.micro_batch_size, share)
     ledger.kind = "inputs"
     pixels = torch.zeros(share, side, side, 3, dtype=torch.uint8)
     ledger.kind = "activations"

@@ -46,20 +46,25 @@ class Plan:
     @property
     def macs(self) -> int | None:
         """Multiply-accumulates of one image's forward pass; None where the network does not say."""
-        side = self.config.data.largest_image_size
+        side = traffic.image_size(self.config)
         return self.network.macs(side, side) if hasattr(self.network, "macs") else None  # type: ignore[operator]
+
+    @property
+    def sent(self) -> traffic.Volume:
+        """What a rank sends in a step."""
+        trained = parameters(self.network, only_trained=True)
+        return traffic.volume(self.config, parameters(self.network), self.layout.ranks, trained)
 
     def step_time(self) -> traffic.StepTime:
         """Bounds of a step."""
-        sent = traffic.volume(self.config, parameters(self.network), self.layout.ranks)
-        return traffic.step_time(self.config, self.layout, self.profile.hardware, self.macs, sent)
+        return traffic.step_time(self.config, self.layout, self.profile.hardware, self.macs, self.sent)
 
 
-def parameters(network: nn.Module) -> int:
-    """Number of weights."""
+def parameters(network: nn.Module, only_trained: bool = False) -> int:
+    """Number of weights, or of those that are not frozen."""
     from launch import memory
 
-    return memory.parameters(network)
+    return memory.parameters(network, only_trained)
 
 
 def describe(plan: Plan, samples: int | None, job: str, warnings: Sequence[str]) -> str:
@@ -119,8 +124,10 @@ def processes(config: Config, layout: Layout) -> list[tuple[str, str]]:
 
 def size(config: Config, network: nn.Module) -> list[tuple[str, str]]:
     """Parameters and arithmetic."""
-    side = config.data.largest_image_size
-    rows = [("model", config.model.name), ("parameters", f"{parameters(network):,}")]
+    side = traffic.image_size(config)
+    count, trained = parameters(network), parameters(network, only_trained=True)
+    frozen = f", {count - trained:,} of them frozen" if trained < count else ""
+    rows = [("model", config.model.name), ("parameters", f"{count:,}{frozen}")]
     if hasattr(network, "macs"):
         macs = network.macs(side, side)  # type: ignore[operator]
         rows.append((f"GMACs at {side} x {side}", f"{macs / 1e9:.3g}"))
@@ -148,15 +155,15 @@ def memory(config: Config, layout: Layout, network: nn.Module) -> list[tuple[str
 def step(plan: Plan) -> list[tuple[str, str]]:
     """What one step computes, sends and reads, and how long it takes at least and about at most."""
     config, layout, hardware = plan.config, plan.layout, plan.profile.hardware
-    sent = traffic.volume(config, parameters(plan.network), layout.ranks)
-    times = plan.step_time()
+    sent, times = plan.sent, plan.step_time()
     share = config.steps.share(layout.ranks)
     work = f"{traffic.flops(config, plan.macs, share) / 1e12:.3g} Tflop" if plan.macs else UNKNOWN
     rows = [
         ("arithmetic of a rank", f"{work}; at peak {seconds(times.peak)}, at {hardware.reached_share:g} of it "
          f"{seconds(times.stated)}"),
         ("sent by a rank", f"{gigabytes(round(sent.total))}; {seconds(times.exchange)}"),
-        ("read by a node", f"{gigabytes(round(node_bytes(plan)))}; {seconds(times.reading)}"),
+        ("read by a node", f"{gigabytes(round(node_bytes(plan)))}; "
+         + ("from its own disk, once fetched" if traffic.is_cached(config) else seconds(times.reading))),
         ("a step takes", f"{seconds(times.lower)} to {seconds(times.upper)}"),
     ]  # fmt: skip
     if times.lower and times.upper:
@@ -285,25 +292,17 @@ def cluster(plan: Plan) -> goodput.Cluster | str:
     )  # fmt: skip
     if upper is None or copy is None or write is None or mtbf is None or restart is None:
         return f"unknown: the profile does not say {', '.join(f'hardware.{name}' for name in unknown(plan))}"
-    one = checkpoint_bytes(plan.config, plan.network)
-    # Every rank copies its own part; the copies of whole tensors (ddp) divide them among themselves.
-    stall = one / plan.layout.ranks / (copy * 1e9)
-    if not plan.config.checkpoint.asynchronous:
-        stall += one / (write * plan.layout.nodes * 1e9)
     return goodput.Cluster(
         node_mtbf=mtbf * 3600,
-        stall=max(stall, LEAST_STALL),
-        commit_of=one,
+        checkpoint=checkpoint_bytes(plan.config, plan.network),
+        copy_per_node=copy * 1e9 * plan.layout.processes_per_node,
         write_per_node=write * 1e9,
         restart=restart,
-        bytes_per_node=node_bytes(plan) / upper,
+        bytes_per_node=0.0 if traffic.is_cached(plan.config) else node_bytes(plan) / upper,
         read_per_node=hardware.read_gb_s * 1e9 if hardware.read_gb_s else None,
         storage=hardware.storage_gb_s * 1e9 if hardware.storage_gb_s else None,
+        asynchronous=plan.config.checkpoint.asynchronous,
     )
-
-
-LEAST_STALL = 0.1
-"""Seconds that a checkpoint costs at least: ranks agree, and thousands of tensors are copied one by one."""
 
 
 def seconds(value: float | None) -> str:

@@ -2,7 +2,8 @@
 
 Volumes are what one rank sends (and as much receives) in one optimizer step. Ring collectives over n ranks move
 (n - 1) / n of a tensor for an all-gather or a reduce-scatter, twice that for an all-reduce (Patarasu and Yuan, J.
-Parallel Distrib. Comput. 69, 2009). What the engines do of these: FSDP and ZeRO, arXiv 1910.02054, section 7.
+Parallel Distrib. Comput. 69, 2009). What the engines do of these: FSDP and ZeRO, arXiv 1910.02054, section 7; but
+DeepSpeed (0.19) averages the gradients of ZeRO 1 and 2 by all-reduces, which are twice the paper's scatter.
 """
 
 from __future__ import annotations
@@ -35,23 +36,48 @@ class Volume:
         return self.within + self.between
 
 
-def volume(config: Config, parameters: int, ranks: int) -> Volume:
-    """The bytes of a step; gradients travel in float32, gathered weights in the type they compute in."""
+def volume(config: Config, parameters: int, ranks: int, trained: int | None = None) -> Volume:
+    """The bytes of a step; gradients travel in float32, gathered weights in the type they compute in.
+
+    `trained`: how many of the `parameters` are not frozen, and have gradients; None: all.
+    """
     engine, micro_batches = config.engine, config.steps.accumulation(ranks)
-    once, part = FLOAT32 * parameters, (ranks - 1) / ranks
+    gradients = FLOAT32 * (parameters if trained is None else trained)
+    part = (ranks - 1) / ranks
     if engine.name == "ddp":
-        return Volume(2 * part * once)
+        return Volume(2 * part * gradients)
     if engine.name == "deepspeed":
-        if engine.deepspeed.stage < 3:  # gradients are scattered, updated weights gathered
-            scatters = 1 if engine.deepspeed.stage == 1 else micro_batches
-            return Volume((scatters + 1) * part * once)
-        return Volume(3 * micro_batches * part * once)
+        return Volume(part * zero_volume(config, gradients, FLOAT32 * parameters, micro_batches))
     group = engine.fsdp.shard_size or ranks
     copies = ranks // group
     weights = parameters * (HALF if engine.precision in ("bf16", "fp16") else FLOAT32)
     gathers = micro_batches * (2 if engine.fsdp.reshard_after_forward else 1)
-    within = (group - 1) / group * (gathers * weights + once)
-    return Volume(within, 2 * (copies - 1) / copies * once / group)
+    within = (group - 1) / group * (gathers * weights + gradients)
+    return Volume(within, 2 * (copies - 1) / copies * gradients / group)
+
+
+def zero_volume(config: Config, gradients: int, weights: int, micro_batches: int) -> int:
+    """What a rank of very many sends under ZeRO, for `gradients` and `weights` of so many bytes.
+
+    Stages 1 and 2 gather the weights that were updated; frozen ones are whole everywhere. Stage 3 gathers all, twice.
+    """
+    options = config.engine.deepspeed
+    if options.stage == 3:
+        return micro_batches * (2 * weights + gradients)
+    zero = options.settings.get("zero_optimization", {})
+    to_one_rank = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
+    reductions = 1 if options.stage == 1 else micro_batches
+    return ((1 if to_one_rank else 2) * reductions + 1) * gradients
+
+
+def image_size(config: Config) -> int:
+    """Height and width of the largest images that are trained on, in pixels."""
+    return max(config.data.train_image_size(epoch) for epoch in range(config.steps.epochs))
+
+
+def is_cached(config: Config) -> bool:
+    """Whether shards come from a node's own disk once they have been fetched, which is so for all remote data."""
+    return config.data.backend == "webdataset" and "://" in config.data.path
 
 
 def flops(config: Config, macs: int, samples: int) -> float:
@@ -75,7 +101,7 @@ class StepTime:
     exchange: float | None
     """Communication at full bandwidth."""
     reading: float | None
-    """Shards, at the node's bandwidth."""
+    """Shards, at the node's bandwidth; None, too, where they come from its own disk."""
 
     @property
     def lower(self) -> float | None:
@@ -97,21 +123,42 @@ def step_time(config: Config, layout: Layout, hardware: Hardware, macs: int | No
     work = flops(config, macs, config.steps.share(layout.ranks)) if macs else None
     peak = work / (tflops * 1e12) if work and tflops else None
     stated = peak / hardware.reached_share if peak is not None else None
-    rate = config.steps.share(layout.ranks) * layout.processes_per_node * hardware.image_kb * 1e3
-    reading = rate / (hardware.read_gb_s * 1e9) if hardware.read_gb_s else None
+    size = config.steps.share(layout.ranks) * layout.processes_per_node * hardware.image_kb * 1e3
+    shared = hardware.read_gb_s and not is_cached(config)
+    reading = size / (hardware.read_gb_s * 1e9) if shared and hardware.read_gb_s else None
     return StepTime(peak, stated, exchange_seconds(config, layout, hardware, sent), reading)
 
 
 def exchange_seconds(config: Config, layout: Layout, hardware: Hardware, sent: Volume) -> float | None:
-    """Seconds for `sent`; None where a bandwidth that it needs is unknown."""
-    inside, across = hardware.intra_node_gb_s, hardware.inter_node_gb_s
-    group = config.engine.fsdp.shard_size if config.engine.name == "fsdp" else 0
-    stays = layout.nodes == 1 or 0 < group <= layout.processes_per_node
+    """Seconds for `sent`; None where a bandwidth that it needs is unknown.
+
+    A ring through several nodes visits each of them once, so that a node sends as much as a rank, by all its adapters.
+    A group's counterparts in the other groups form as many rings as the group has ranks in a node, and share them.
+    """
+    here = layout.processes_per_node
+    group = (config.engine.fsdp.shard_size if config.engine.name == "fsdp" else 0) or layout.ranks
+    in_node = min(group, here)
+    stays = layout.nodes == 1 or (group <= here and here % group == 0)
+    within = ring_speed(hardware, here, in_node, 0 if stays else 1)
+    between = ring_speed(hardware, here, -(-here // in_node), 0 if layout.nodes == 1 else in_node)
     seconds = 0.0
-    for size, speed in (
-        (sent.within, inside if stays else across),
-        (sent.between, inside if layout.nodes == 1 else across),
-    ):
+    for size, speed in ((sent.within, within), (sent.between, between)):
         if size:
             seconds += size / (speed * 1e9) if speed else math.nan
     return None if math.isnan(seconds) else seconds
+
+
+def ring_speed(hardware: Hardware, processes: int, members: int, crossing: int) -> float | None:
+    """10^9 bytes/s of a rank in a ring with so many `members` in each node; None where it is unknown.
+
+    `crossing`: how many such rings leave a node and share the adapters of its `processes`; 0: this one stays inside.
+    """
+    inside, across = hardware.intra_node_gb_s, hardware.inter_node_gb_s
+    if not crossing:
+        return inside
+    if across is None:
+        return None
+    shared = across * processes / crossing
+    if members == 1:
+        return shared
+    return None if inside is None else min(inside, shared)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from launch.goodput import (
+    LEAST_STALL,
     NODES,
     Cluster,
     Faults,
@@ -22,7 +23,7 @@ from launch.goodput import (
 
 HOUR, YEAR = 3600.0, 365 * 86400.0
 CLUSTER = Cluster(
-    node_mtbf=5 * YEAR, stall=2.0, commit_of=1.5e9, write_per_node=1e9, restart=300.0, bytes_per_node=2e8,
+    node_mtbf=5 * YEAR, checkpoint=1.5e9, copy_per_node=2e9, write_per_node=1e9, restart=300.0, bytes_per_node=2e8,
     read_per_node=2e9, storage=1e11,
 )  # fmt: skip
 
@@ -86,7 +87,18 @@ def test_table_covers_one_to_4096_nodes_and_falls_with_their_number() -> None:
     assert all(later < sooner + 1e-3 for sooner, later in itertools.pairwise(means))
     intervals = [row.interval for row in rows if row.interval < 30 * 24 * HOUR]
     assert intervals == sorted(intervals, reverse=True)
-    assert rows[-1].young == pytest.approx(math.sqrt(2 * 2.0 * 5 * YEAR / 4096))
+    assert rows[-1].young == pytest.approx(math.sqrt(2 * LEAST_STALL * 5 * YEAR / 4096))
+
+
+def test_nodes_share_the_copying_and_the_writing_of_a_checkpoint() -> None:
+    one, three, many = (CLUSTER.faults(nodes) for nodes in (1, 3, 4096))
+    assert (one.stall, one.commit, one.restart) == pytest.approx((0.75, 1.5, 300.0 + 0.75))
+    assert (three.stall, three.commit, three.restart) == pytest.approx((0.25, 0.5, 300.0 + 0.75))
+    # 4,096 nodes write 100 GB/s, what the storage takes, and get 24 MB/s each.
+    assert (many.stall, many.commit) == pytest.approx((LEAST_STALL, 0.015))
+    assert many.restart == pytest.approx(300.0 + 1.5e9 * 4096 / 1e11)
+    waiting = replace(CLUSTER, asynchronous=False).faults(3)
+    assert (waiting.stall, waiting.commit) == pytest.approx((0.25 + 0.5, 0.0))
 
 
 def test_storage_that_cannot_feed_all_nodes_takes_its_share() -> None:

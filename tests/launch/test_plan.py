@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.plan_memory import Case, compare
 from dgt.config import load
-from launch import checks, plan, traffic
+from launch import checks, memory, plan, traffic
 from launch.layout import Layout
 from launch.profiles import Hardware, Profile
 
@@ -38,6 +38,33 @@ def test_memory_is_within_its_promise_of_what_two_real_steps_hold(case: Case) ->
     assert found["predicted"] == pytest.approx(found["measured"], rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_frozen_weights_have_neither_gradients_nor_moments(engine: str, config: Path) -> None:
+    frozen = load(config, [f"engine.name={engine}", "model.freeze=[backbone]", "steps.global_batch_size=16"])
+    network = checks.network(frozen)
+    every, trained = memory.parameters(network), memory.parameters(network, only_trained=True)
+    assert 0 < trained < every / 10
+    found = memory.estimate(frozen, network, 2)
+    held = every / 2 if engine == "fsdp" else every
+    assert found.weights == pytest.approx(4 * held, rel=0.05)
+    assert found.average == pytest.approx(4 * held, rel=0.05)
+    assert found.gradients <= 4 * trained
+    assert found.moments <= 2 * 4 * trained + 1000  # and the steps that it counts
+    assert memory.checkpoint_bytes(frozen, network) == 4 * (2 * every + 2 * trained)
+
+
+def test_zero_keeps_frozen_weights_whole_below_stage_3(config: Path) -> None:
+    network = checks.network(load(config, ["model.freeze=[stem]"]))
+    every, trained = memory.parameters(network), memory.parameters(network, only_trained=True)
+    half = -(-trained // 2)
+    for stage, weights, average in ((2, every + half, every - trained + half), (3, -(-every // 2) + half, every / 2)):
+        chosen = ["model.freeze=[stem]", "engine.name=deepspeed", f"engine.deepspeed.stage={stage}"]
+        found = memory.estimate(load(config, chosen), network, 2)
+        assert found.weights == pytest.approx(4 * weights, abs=8)
+        assert found.average == pytest.approx(4 * average, abs=8)
+        assert found.moments == 2 * 4 * half
+
+
 def planned(config: Path, nodes: int, per_node: int, overrides: Sequence[str], hardware: Hardware = HARDWARE) -> Any:
     loaded = load(config, [f"steps.global_batch_size={nodes * per_node * 8}", *overrides])
     layout = Layout("slurm", nodes, per_node, use_gpus=True)
@@ -56,8 +83,16 @@ P = 1_000_000
         (["engine.name=fsdp", "engine.precision=bf16"], 7 / 8 * (2 * 2 * 2 * P + 4 * P), 0),
         (["engine.name=fsdp", "engine.fsdp.reshard_after_forward=false"], 7 / 8 * (2 * 4 * P + 4 * P), 0),
         (["engine.name=fsdp", "engine.fsdp.shard_size=4"], 3 / 4 * (2 * 2 * 4 * P + 4 * P), 2 * 1 / 2 * P),
-        (["engine.name=deepspeed", "engine.deepspeed.stage=1"], 7 / 8 * 2 * 4 * P, 0),
-        (["engine.name=deepspeed", "engine.deepspeed.stage=2"], 7 / 8 * 3 * 4 * P, 0),
+        (["engine.name=deepspeed", "engine.deepspeed.stage=1"], 7 / 8 * 3 * 4 * P, 0),  # an all-reduce, and a gather
+        (["engine.name=deepspeed", "engine.deepspeed.stage=2"], 7 / 8 * 5 * 4 * P, 0),  # two all-reduces, and a gather
+        (
+            [
+                "engine.name=deepspeed",
+                "engine.deepspeed.settings={zero_optimization: {use_multi_rank_bucket_allreduce: false}}",
+            ],
+            7 / 8 * 3 * 4 * P,  # each gradient goes to the rank that it belongs to
+            0,
+        ),
         (["engine.name=deepspeed", "engine.deepspeed.stage=3"], 7 / 8 * 6 * 4 * P, 0),
     ],
 )
@@ -66,11 +101,22 @@ def test_traffic_of_each_engine(overrides: list[str], within: float, between: fl
     assert traffic.volume(loaded, P, 8) == traffic.Volume(pytest.approx(within), pytest.approx(between))
 
 
+def test_frozen_weights_are_gathered_and_have_no_gradients(config: Path) -> None:
+    for overrides, sent in (
+        (["engine.name=ddp"], 2 * 7 / 8 * 4 * P / 4),
+        (["engine.name=fsdp"], 7 / 8 * (4 * 4 * P + 4 * P / 4)),
+        (["engine.name=deepspeed", "engine.deepspeed.stage=2"], 7 / 8 * 5 * 4 * P / 4),
+        (["engine.name=deepspeed", "engine.deepspeed.stage=3"], 7 / 8 * 2 * (2 * 4 * P + 4 * P / 4)),
+    ):
+        loaded = load(config, ["steps.global_batch_size=64", *overrides])
+        assert traffic.volume(loaded, P, 8, trained=P // 4).within == pytest.approx(sent)
+
+
 def test_step_is_bounded_by_what_takes_longest_and_by_the_sum(config: Path) -> None:
     made = planned(config, 2, 4, ["engine.name=ddp"])
     times = made.step_time()
     peak = 6 * made.macs * 8 / 100e12
-    sent = 2 * 7 / 8 * 4 * plan.parameters(made.network) / 40e9  # between nodes, the slower way
+    sent = 2 * 7 / 8 * 4 * plan.parameters(made.network) / 160e9  # by the four adapters of a node, the slower way
     assert times == traffic.StepTime(*(pytest.approx(value) for value in (peak, 2 * peak, sent, 32 * 100e3 / 2e9)))
     assert times.lower == max(peak, sent, times.reading)
     assert times.upper == pytest.approx(max(2 * peak + sent, times.reading))
@@ -78,10 +124,40 @@ def test_step_is_bounded_by_what_takes_longest_and_by_the_sum(config: Path) -> N
     assert full.peak == pytest.approx(peak * 8 / 6)
 
 
-def test_groups_within_a_node_talk_over_its_links_and_their_copies_across(config: Path) -> None:
-    made = planned(config, 2, 4, ["engine.name=fsdp", "engine.fsdp.shard_size=4"])
-    sent = traffic.volume(made.config, plan.parameters(made.network), 8)
-    assert made.step_time().exchange == pytest.approx(sent.within / 400e9 + sent.between / 40e9)
+@pytest.mark.parametrize(
+    ("layout", "shard_size", "expected"),
+    [
+        ((1, 8), 0, 4e9 / 400e9),  # the links of a node
+        ((2, 8), 0, 4e9 / 320e9),  # one ring leaves a node by its eight adapters of 40 GB/s
+        ((2, 16), 0, 4e9 / 400e9),  # sixteen carry 640 GB/s: the links are slower
+        ((4, 1), 0, 4e9 / 40e9),  # a node's only GPU uses no links
+        ((4, 8), 8, 4e9 / 400e9 + 1e9 / 40e9),  # eight rings between nodes: an adapter each
+        ((4, 8), 4, 4e9 / 400e9 + 1e9 / 80e9),  # four rings share the eight adapters
+        ((4, 8), 16, 4e9 / 320e9 + 1e9 / 40e9),  # a copy of the network on two nodes
+    ],
+)
+def test_exchange_by_hand(layout: tuple[int, int], shard_size: int, expected: float, config: Path) -> None:
+    where = Layout("slurm", *layout, use_gpus=True)
+    loaded = load(config, ["engine.name=fsdp", f"engine.fsdp.shard_size={shard_size}"])
+    sent = traffic.Volume(4e9, 1e9 if shard_size else 0.0)
+    assert traffic.exchange_seconds(loaded, where, HARDWARE, sent) == pytest.approx(expected)
+
+
+def test_shards_on_a_nodes_own_disk_bound_no_step(config: Path) -> None:
+    remote = ["engine.name=ddp", "data.backend=webdataset", "data.path=s3://bucket/set", "data.cache.folder=/scratch"]
+    slow = replace(HARDWARE, read_gb_s=1e-6)
+    assert planned(config, 2, 4, ["engine.name=ddp"], slow).step_time().lower > 1
+    made = planned(config, 2, 4, remote, slow)
+    assert made.step_time().reading is None
+    assert made.step_time().lower < 1
+    assert plan.cluster(made).input_share(4096) == 1.0
+
+
+def test_images_are_the_largest_that_are_trained_on(config: Path) -> None:
+    rising = ["data.image_size=96", "data.image_size_schedule=[[0, 32], [1, 48], [2, 64]]"]
+    assert traffic.image_size(load(config, ["data.image_size=96"])) == 96
+    assert traffic.image_size(load(config, rising)) == 48, "the run has two epochs"
+    assert planned(config, 1, 1, rising).macs == planned(config, 1, 1, ["data.image_size=48"]).macs
 
 
 def test_what_the_profile_does_not_say_stays_unknown(config: Path) -> None:
