@@ -51,18 +51,22 @@ def network(config: Config) -> nn.Module:
     from dgt.config import ConfigError
     from dgt.models import DGT
     from dgt.tasks import build_task
+    from dgt.training.parallel import EngineConfig
 
     try:
         with torch.device("meta"):
             built = build_task(config.task, config.model, config.data).build_model()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model: {error}") from None
-    mode = config.engine.activation_checkpointing
-    if mode != "none" and not isinstance(built, DGT):
-        raise ConfigError(
-            f"engine.activation_checkpointing: {mode!r} is for DGT models, and {config.model.name} is none; "
-            "set it to none"
-        )
+    if not isinstance(built, DGT):
+        defaults = EngineConfig()
+        for key in ("activation_checkpointing", "compile", "apex_layer_norm"):
+            asked, without = getattr(config.engine, key), getattr(defaults, key)
+            if asked != without:
+                raise ConfigError(
+                    f"engine.{key}: {str(asked).lower()} is for DGT models, and {config.model.name} is none; "
+                    f"set it to {str(without).lower()}"
+                )
     return built
 
 
@@ -81,12 +85,29 @@ def beginning(config: Config) -> None:
 
 
 def teacher(config: Config) -> None:
-    """Raises ConfigError where the weights of a teacher are not there."""
-    from dgt.config import ConfigError
+    """Raises ConfigError where a teacher cannot be had: unknown, without its weights, or with other classes."""
+    import torch
 
-    distillation = config.task.distillation
-    if distillation.teacher and not Path(distillation.checkpoint_path).is_file():
-        raise ConfigError(f"task.distillation.checkpoint_path: there is no file {distillation.checkpoint_path}")
+    from dgt.config import ConfigError
+    from dgt.tasks.distillation import Teacher
+
+    if not config.task.distillation.teacher:
+        return
+    try:
+        Teacher(config.task.distillation, config.data).load(torch.device("cpu"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def gpu(config: Config) -> None:
+    """Raises ConfigError where the optimizer needs a GPU and this machine has none."""
+    import torch
+
+    from dgt.config import ConfigError
+    from dgt.training.optim import FROM_APEX
+
+    if config.optimizer.name in FROM_APEX and not torch.cuda.is_available():
+        raise ConfigError(f"optimizer.name: {config.optimizer.name} needs a CUDA GPU, and this machine shows none")
 
 
 def augmentation(config: Config) -> None:

@@ -91,6 +91,7 @@ def run(options: argparse.Namespace, early: Noted, rank: int) -> Outcome:
     network = checks.network(config)
     checks.batches(config, world_size)
     checks.engine(config, network, world_size)
+    checks.gpu(config)
     checks.teacher(config)  # the weights to start from are verified once, where they are read
     checks.augmentation(config)
     with contextlib.closing(Announcement()) as announcement:

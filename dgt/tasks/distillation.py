@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -49,14 +51,25 @@ class Teacher:
         self.on = lru_cache(maxsize=1)(self.load)
 
     def load(self, device: torch.device) -> nn.Module:
-        """The network on a device. Raises ValueError where its weights are missing or are another network's."""
+        """The network on a device.
+
+        Raises ValueError where timm does not know it, and where its weights are missing or do not fit.
+        """
         config = self.config
+        if not timm.is_model(config.teacher):
+            raise ValueError(f"task.distillation.teacher: timm knows no model {config.teacher!r}")
+        if not Path(config.checkpoint_path).is_file():
+            raise ValueError(f"task.distillation.checkpoint_path: there is no file {config.checkpoint_path}")
         try:
             network = timm.create_model(
                 config.teacher, num_classes=self.data.num_classes, checkpoint_path=config.checkpoint_path
             )
-        except (RuntimeError, OSError) as error:  # timm: unknown name, keys that do not fit; no such file
-            raise ValueError(f"task.distillation: {config.teacher} from {config.checkpoint_path}: {error}") from None
+        except Exception as error:  # whatever a file of an unknown origin does to its reader
+            reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+            raise ValueError(
+                f"task.distillation: {config.checkpoint_path} does not fit {config.teacher} with "
+                f"{self.data.num_classes} classes: {reason}"
+            ) from None
         return network.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()

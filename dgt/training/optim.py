@@ -85,23 +85,19 @@ class OptimizerConfig:
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer over the parameters of the unwrapped or fully sharded `model` that need gradients.
 
-    Raises ValueError where there are none, and where apex's is asked for and cannot be had.
+    Raises ValueError where there are none, and as `check_optimizer` does.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    sharded = any(isinstance(p, DTensor) for p in parameters)
+    check_optimizer(config, sharded)
     if not parameters:
         raise ValueError("model.freeze: nothing is left to train")
     options: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
     options = {key: value for key, value in options.items() if value is not None}
     if config.name in MOMENTUM:
         options["momentum"] = MOMENTUM[config.name] if config.momentum is None else config.momentum
-    if config.name in FROM_APEX:
-        require_apex(config.name, parameters)
-    elif config.name not in WITHOUT_FOREACH:
-        whole_only = config.name in FOREACH_NEEDS_WHOLE and any(isinstance(p, DTensor) for p in parameters)
-        if whole_only and config.implementation == "foreach":
-            raise ValueError(
-                f"optimizer.implementation: {config.name} has no foreach for sharded weights; set it to auto"
-            )
+    if config.name not in WITHOUT_FOREACH:
+        whole_only = config.name in FOREACH_NEEDS_WHOLE and sharded
         options["foreach"] = config.implementation in ("auto", "foreach") and not whole_only
     if config.implementation == "fused":
         options["fused"] = True
@@ -120,16 +116,18 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     )
 
 
-def require_apex(name: str, parameters: list[nn.Parameter]) -> None:
-    """Raises ValueError where apex's optimizers cannot be used."""
-    plain = name.removeprefix("fused_")
-    if importlib.util.find_spec("apex") is None or not torch.cuda.is_available():
+def check_optimizer(config: OptimizerConfig, sharded: bool) -> None:
+    """Raises ValueError where apex is asked for and not installed, or what is asked for does not do with shards."""
+    name, plain = config.name, config.name.removeprefix("fused_")
+    if name in FROM_APEX and importlib.util.find_spec("apex") is None:
         raise ValueError(
             f"optimizer.name: {name} is part of NVIDIA's apex, which is built from its source "
             f"(https://github.com/NVIDIA/apex), and needs a CUDA GPU; {plain} computes the same without either"
         )
-    if any(isinstance(p, DTensor) for p in parameters):
+    if sharded and name in FROM_APEX:
         raise ValueError(f"optimizer.name: {name} knows no sharded parameters; use {plain}, or engine.name=ddp")
+    if sharded and name in FOREACH_NEEDS_WHOLE and config.implementation == "foreach":
+        raise ValueError(f"optimizer.implementation: {name} has no foreach for sharded weights; set it to auto")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -78,7 +78,7 @@ def test_wrong_settings_are_refused_in_one_sentence(config: Path, capsys: pytest
     assert "optimizer.name: lamb needs whole tensors" in refusal(
         config, capsys, "engine.name=deepspeed", "optimizer.name=lamb"
     )
-    assert "settings: train_batch_size is decided by this configuration" in refusal(
+    assert "settings: train_batch_size cannot be given to DeepSpeed" in refusal(
         config, capsys, "engine.deepspeed.settings.train_batch_size=8"
     )
     assert "even while mixing is on" in refusal(config, capsys, "--processes-per-node", "8")
@@ -89,8 +89,23 @@ def test_wrong_settings_are_refused_in_one_sentence(config: Path, capsys: pytest
     assert "data.augment.rand_augment: rand_augment 'rand-z1'" in refusal(
         config, capsys, "data.augment.rand_augment=rand-z1"
     )
-    assert "engine.activation_checkpointing: 'full' is for DGT models, and resnet18 is none" in refusal(
+    assert "engine.activation_checkpointing: full is for DGT models, and resnet18 is none" in refusal(
         config, capsys, "model={name: resnet18, drop_path_rate: 0}", "engine.activation_checkpointing=full"
+    )
+    plain = ("model={name: resnet18, drop_path_rate: 0}", "engine.activation_checkpointing=none")
+    for key in ("compile", "apex_layer_norm"):
+        assert f"engine.{key}: true is for DGT models, and resnet18 is none; set it to false" in refusal(
+            config, capsys, *plain, f"engine.{key}=true"
+        )
+    assert "model.freeze: nothing is left to train" in refusal(config, capsys, "model.freeze=[backbone, head]")
+    assert "optimizer.name: fused_adamw is part of NVIDIA's apex" in refusal(
+        config, capsys, "optimizer.name=fused_adamw"
+    )
+    assert "optimizer.implementation: lion has no foreach for sharded weights" in refusal(
+        config, capsys, "engine.name=fsdp", "optimizer={name: lion, implementation: foreach}"
+    )
+    assert "task.distillation.teacher: timm knows no model 'resnet1'" in refusal(
+        config, capsys, "task.distillation={teacher: resnet1, checkpoint_path: none.pth}"
     )
 
 

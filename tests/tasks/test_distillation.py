@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import dgt.models  # noqa: F401  (registers the networks with timm)
 from data_pipeline.config import DataConfig
 from dgt.models import ModelConfig
 from dgt.tasks import Classification, ClassificationConfig, Inputs
-from dgt.tasks.distillation import DistillationConfig
+from dgt.tasks.distillation import DistillationConfig, Teacher
 
 DATA = DataConfig(num_classes=5, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
@@ -88,10 +89,18 @@ def test_the_teacher_stays_outside_of_the_network_and_learns_nothing(teacher: tu
     assert not {id(p) for p in loaded.parameters()} & {id(p) for p in network.parameters()}
 
 
-def test_mistakes_are_named(tmp_path: Path) -> None:
+def test_mistakes_are_named(teacher: tuple[nn.Module, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checkpoint_path: must name the teacher's weights"):
         DistillationConfig(teacher="resnet10t")
-    missing = student(str(tmp_path / "none.safetensors"))
-    assert missing.teacher
-    with pytest.raises(ValueError, match=r"task.distillation: resnet10t from .*none.safetensors"):
-        missing.teacher.logits(torch.zeros(1, 3, 32, 32))
+    none = DistillationConfig(teacher="resnet10t", checkpoint_path=str(tmp_path / "none.safetensors"))
+    with pytest.raises(ValueError, match=r"task.distillation.checkpoint_path: there is no file .*none.safetensors"):
+        Teacher(none, DATA).logits(torch.zeros(1, 3, 32, 32))
+    unknown = DistillationConfig(teacher="resnet1", checkpoint_path=teacher[1])
+    with pytest.raises(ValueError, match=r"task\.distillation\.teacher: timm knows no model 'resnet1'"):
+        Teacher(unknown, DATA).logits(torch.zeros(1, 3, 32, 32))
+    known = DistillationConfig(teacher="resnet10t", checkpoint_path=teacher[1])
+    with pytest.raises(
+        ValueError, match=r"does not fit resnet10t with 6 classes: .* size mismatch for fc\.weight"
+    ) as e:
+        Teacher(known, replace(DATA, num_classes=6)).logits(torch.zeros(1, 3, 32, 32))
+    assert "\n" not in str(e.value)

@@ -6,7 +6,7 @@ import importlib.util
 
 from torch import nn
 
-from dgt.training.optim import NEEDS_WHOLE_TENSORS, OptimizerConfig
+from dgt.training.optim import NEEDS_WHOLE_TENSORS, OptimizerConfig, check_optimizer
 from dgt.training.parallel.blocks import compile_blocks, use_apex_layer_norm
 from dgt.training.parallel.config import DeepSpeedConfig, EngineConfig
 from dgt.training.parallel.engine import Accept, Engine, StepResult
@@ -18,6 +18,7 @@ __all__ = ["Accept", "Engine", "EngineConfig", "StepResult", "build_engine", "ch
 
 def check_engine(config: EngineConfig, optimizer: OptimizerConfig, ranks: int) -> None:
     """Raises ValueError where this optimizer, this number of ranks or a missing package rule the engine out."""
+    check_optimizer(optimizer, sharded=config.name == "fsdp")
     if config.name == "fsdp" and config.fsdp.shard_size and ranks % config.fsdp.shard_size:
         raise ValueError(
             f"engine.fsdp.shard_size: {ranks} ranks do not divide into groups of {config.fsdp.shard_size}; "
@@ -54,7 +55,9 @@ def check_settings(config: DeepSpeedConfig) -> None:
 
 
 def check_network(network: nn.Module, ranks: int) -> None:
-    """Raises ValueError where the network keeps running statistics and there is more than one rank."""
+    """Raises ValueError where nothing in the network learns, or it keeps running statistics on more than one rank."""
+    if not any(p.requires_grad for p in network.parameters()):
+        raise ValueError("model.freeze: nothing is left to train")
     kept = [n for n, _ in network.named_buffers() if n.rpartition(".")[2] in ("running_mean", "running_var")]
     if kept and ranks > 1:
         module = kept[0].rpartition(".")[0]
