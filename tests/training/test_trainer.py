@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from dgt.training.checkpoint import CheckpointConfig, SaveError
 from dgt.training.interrupt import Interruption
 from dgt.training.keeper import Keeper
 from dgt.training.monitor import MonitorConfig
+from dgt.training.parallel.config import DeepSpeedConfig
 from dgt.training.steps import StepsConfig
 from dgt.training.trainer import Trainer, train
 
@@ -39,14 +41,18 @@ def evaluation_of(folder: Path, engine: str, samples: int, steps: StepsConfig) -
     """Metrics of the seed's initial weights: the learning rate is 0."""
     config = short(folder, engine, steps=steps)
     data = replace(config.data, synthetic=SyntheticConfig(train_samples=16, val_samples=samples))
-    config = replace(config, data=data, optimizer=replace(config.optimizer, lr=0.0, weight_decay=0.0),
+    in_parts = replace(config.engine, deepspeed=DeepSpeedConfig(stage=3))
+    config = replace(config, data=data, engine=in_parts, optimizer=replace(config.optimizer, lr=0.0, weight_decay=0.0),
                      schedule=replace(config.schedule, warmup_lr=0.0, min_lr=0.0))  # fmt: skip
     metrics = train(config).metrics
     assert metrics is not None
     return metrics
 
 
-@pytest.mark.parametrize(("engine", "ranks", "samples"), [("ddp", 2, 19), ("fsdp", 3, 1)])
+@pytest.mark.parametrize(
+    ("engine", "ranks", "samples"),
+    [("ddp", 2, 19), ("fsdp", 3, 1), pytest.param("deepspeed", 2, 1, marks=pytest.mark.deepspeed)],
+)
 def test_evaluation_counts_each_sample_once_for_sizes_that_do_not_divide(
     tmp_path: Path, engine: str, ranks: int, samples: int
 ) -> None:
@@ -106,6 +112,33 @@ def test_an_interrupted_evaluation_is_done_after_the_resume(tmp_path: Path) -> N
     train(config)
     rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "val/top1" in row] == [2]
+
+
+def train_with_signal_in_an_evaluation(config: Config) -> tuple[str, int, int, int]:
+    """Rank 1 alone gets a signal while it evaluates its first batch; how it ended, and how many batches were read."""
+    interruption, totals, calls = Interruption(), Classification.totals, []
+
+    def signalled(self: Classification, *args: Any) -> Any:
+        calls.append(1)
+        if int(os.environ["RANK"]) == 1:
+            interruption.note(signal.SIGTERM, None)
+        return totals(self, *args)
+
+    Classification.totals = signalled  # type: ignore[method-assign]
+    outcome = train(config, interruption)
+    return outcome.status, outcome.step, outcome.signal, len(calls)
+
+
+def test_a_signal_to_one_rank_in_an_evaluation_stops_all_ranks_within_it_and_it_is_repeated(tmp_path: Path) -> None:
+    config = short(tmp_path)
+    first, second = (result.value for result in run_ranks(2, train_with_signal_in_an_evaluation, config))
+    assert first == second
+    assert first[:3] == ("interrupted", 2, signal.SIGTERM)
+    assert first[3] == 1, "19 samples are more than one batch a rank"
+    newest = checkpoint.newest(config.run_dir / "checkpoints", print)
+    assert newest is not None
+    assert (newest.step, newest.manifest["progress"]["evaluated_at"]) == (2, 0)
+    assert [result.value.status for result in run_ranks(2, train, config)] == ["finished"] * 2
 
 
 def fail_to_save(*_: Any, **__: Any) -> str:
