@@ -33,6 +33,28 @@ def test_a_recipe_builds_its_network_and_optimizer_and_shares_its_batches(name: 
     assert config.schedule.min_lr < config.optimizer.lr
 
 
+def test_every_size_has_every_kind_of_imagenet_recipe() -> None:
+    kinds = ("in1k", "in1k_384", "in22k", "in22k_in1k")
+    assert {f"dgt_{size}_{kind}" for size in "tsb" for kind in kinds} <= RECIPES.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "weight_decay", "epochs", "batch"),
+    [
+        ("dgt_t_in1k", 1e-3, 0.05, 300, 1024),
+        ("dgt_t_in1k_384", 1e-5, 1e-8, 30, 1024),
+        ("dgt_t_in22k", 1e-3, 0.01, 90, 4096),
+        ("dgt_t_in22k_in1k", 5e-5, 1e-8, 30, 512),
+    ],
+)
+def test_the_numbers_are_those_that_a_recipes_comment_names(
+    name: str, lr: float, weight_decay: float, epochs: int, batch: int
+) -> None:
+    config = load(RECIPES[name])
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (lr, weight_decay)
+    assert (config.steps.epochs, config.steps.global_batch_size) == (epochs, batch)
+
+
 @pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if load(path).start.path])
 def test_a_fine_tuning_recipe_starts_from_a_run_of_a_recipe_whose_network_it_fits(name: str) -> None:
     config = load(RECIPES[name])
