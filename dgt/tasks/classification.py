@@ -41,6 +41,11 @@ class ClassificationConfig:
             raise ValueError("bce_threshold, bce_sum: are for loss: bce")
         if self.bce_threshold is not None and not 0 <= self.bce_threshold < 1:
             raise ValueError(f"bce_threshold: must lie in [0, 1), got {self.bce_threshold}")
+        if self.loss == "bce" and self.distillation.teacher and self.distillation.kind == "soft":
+            raise ValueError(
+                "distillation.kind: a soft teacher answers for all classes together, which no weight sets against the "
+                "loss of each class on its own; set it to hard, or loss to cross_entropy"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing: must lie in [0, 1), got {self.label_smoothing}")
 
@@ -88,8 +93,18 @@ class Classification:
         )
         if self.teacher:
             weight = self.config.distillation.weight
-            losses = (1 - weight) * losses + weight * self.teacher.losses(logits, inputs.images)
+            losses = (1 - weight) * losses + weight * self.taught_losses(self.teacher, logits, inputs.images)
         return losses.sum()
+
+    def taught_losses(self, teacher: Teacher, logits: Tensor, images: Tensor) -> Tensor:
+        """(n,): against what the teacher answers; a hard one's guess is learned as a label is, without smoothing."""
+        answers = teacher.logits(images)
+        if self.config.distillation.kind == "soft":
+            return teacher.divergences(logits, answers)
+        guess = answers.argmax(dim=1)
+        if self.config.loss == "bce":
+            return self.over_classes(logits, F.one_hot(guess, self.num_classes).to(logits.dtype))
+        return F.cross_entropy(logits, guess, reduction="none")
 
     def softmax_losses(self, logits: Tensor, inputs: Inputs) -> Tensor:
         """(n,): cross-entropy is linear in the target, so the mixture of targets is the mixture of losses."""
@@ -110,6 +125,10 @@ class Classification:
         target = (1 - smoothing) * target + smoothing / self.num_classes
         if self.config.bce_threshold is not None:
             target = (target > self.config.bce_threshold).to(logits.dtype)
+        return self.over_classes(logits, target)
+
+    def over_classes(self, logits: Tensor, target: Tensor) -> Tensor:
+        """(n,): sum or mean over classes of each one's binary cross-entropy."""
         losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return losses.sum(dim=1) if self.config.bce_sum else losses.mean(dim=1)
 

@@ -25,7 +25,8 @@ class DistillationConfig:
     checkpoint_path: str = ""
     """The teacher's weights (.safetensors or .pth), such as `launch/export.py` or timm write them."""
     kind: Literal["hard", "soft"] = "hard"
-    """"hard": the teacher's first guess is the label; "soft": its probabilities at `temperature` are the target."""
+    """"hard": the teacher's first guess is a label, learned with `task.loss` unsmoothed; "soft": its probabilities at
+    `temperature` are the target, by their divergence, beside "cross_entropy" only."""
     weight: float = 0.5
     """Share of the loss that is against the teacher; the rest is against the labels."""
     temperature: float = 3.0
@@ -88,11 +89,8 @@ class Teacher:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return network(images).float()
 
-    def losses(self, student: Tensor, images: Tensor) -> Tensor:
-        """(n,): of the student's logits (n, classes), float32, against the teacher's."""
-        answers = self.logits(images)
-        if self.config.kind == "hard":
-            return F.cross_entropy(student, answers.argmax(dim=1), reduction="none")
+    def divergences(self, student: Tensor, answers: Tensor) -> Tensor:
+        """(n,): of the student's logits (n, classes), float32, from the teacher's `answers`, at the temperature."""
         temperature = self.config.temperature
         expected, given = ((x / temperature).log_softmax(dim=1) for x in (answers, student))
         return F.kl_div(given, expected, reduction="none", log_target=True).sum(dim=1) * temperature**2

@@ -31,9 +31,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, str]:
     return network.eval(), str(path)
 
 
-def student(path: str, **options: Any) -> Classification:
+def student(path: str, loss: Any = None, **options: Any) -> Classification:
     distillation = DistillationConfig(teacher="resnet10t", checkpoint_path=path, precision="fp32", **options)
-    task = Classification(ClassificationConfig(distillation=distillation), ModelConfig(name="dgt_nano"), DATA)
+    config = ClassificationConfig(distillation=distillation, **(loss or {}))
+    task = Classification(config, ModelConfig(name="dgt_nano"), DATA)
     task.build_model()
     return task
 
@@ -73,6 +74,28 @@ def test_the_loss_is_the_weighted_sum_of_labels_and_teacher(teacher: tuple[nn.Mo
     torch.testing.assert_close(loss, 0.7 * by_label + 0.3 * by_teacher, rtol=1e-4, atol=1e-4)
     loss.backward()
     assert model.logits.grad is not None
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_hard_teacher_is_learned_with_the_binary_loss_that_labels_are(
+    teacher: tuple[nn.Module, str], summed: bool
+) -> None:
+    task = student(teacher[1], {"loss": "bce", "bce_sum": summed, "label_smoothing": 0.0}, weight=0.3)
+    assert task.teacher
+    logits, images, keys = torch.randn(4, 5), torch.randn(4, 3, 64, 64), torch.zeros(4, dtype=torch.int64)
+    guess, labels = task.teacher.logits(images).argmax(1), torch.tensor([0, 1, 2, 3])
+    own, taught = (
+        F.binary_cross_entropy_with_logits(logits, F.one_hot(x, 5).float(), reduction="sum") / (1 if summed else 5)
+        for x in (labels, guess)
+    )
+    loss = task.loss(Fixed(logits), Inputs(images, labels, keys))
+    torch.testing.assert_close(loss, 0.7 * own + 0.3 * taught)
+
+
+def test_a_soft_teacher_is_refused_beside_the_binary_loss() -> None:
+    soft = DistillationConfig(teacher="resnet10t", checkpoint_path="x.pth", kind="soft")
+    with pytest.raises(ValueError, match=r"distillation\.kind: a soft teacher"):
+        ClassificationConfig(loss="bce", distillation=soft)
 
 
 def test_the_teacher_stays_outside_of_the_network_and_learns_nothing(teacher: tuple[nn.Module, str]) -> None:
