@@ -77,10 +77,10 @@ def beginning(config: Config) -> None:
     """
     from dgt.training.checkpoint import committed
     from dgt.training.run_folder import RunFolder
-    from dgt.training.start import find
+    from dgt.training.start import check_kind, find
 
     if config.start.path and not committed(RunFolder(config.run_dir).checkpoints):
-        find(Path(config.start.path))
+        check_kind(config.start, find(Path(config.start.path)))
     teacher(config)
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError, safe_open
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from dgt.training import checkpoint
 from dgt.training.checkpoint import MANIFEST, Checkpoint, CheckpointError, UnreadableError
-from dgt.training.world import World
+from dgt.training.world import World, portable
 
 log = logging.getLogger("dgt")
 
@@ -26,7 +27,8 @@ class StartConfig:
     """A file (.safetensors as `launch/export.py` writes it, or .pth), another run's folder (its best checkpoint), or a
     step_* folder; empty = weights drawn from the seed. A classifier of another number of classes is drawn anew."""
     weights: Literal["auto", "ema", "raw"] = "auto"
-    """Of a run: the averaged or the raw weights; "auto": averaged where it kept an average."""
+    """Of a run: the averaged or the raw weights; "auto": averaged where it kept an average. An exported file holds one
+    kind only, and the other is refused."""
 
 
 def find(path: Path) -> Path | Checkpoint:
@@ -43,6 +45,33 @@ def find(path: Path) -> Path | Checkpoint:
     except OSError as error:
         raise UnreadableError(f"start.path: {path} cannot be read now: {error}") from None
     raise CheckpointError(f"start.path: {path} is no file, no step_* folder, and no run that has a checkpoint")
+
+
+def check_kind(config: StartConfig, found: Path | Checkpoint) -> None:
+    """Raises CheckpointError where `found` is an exported file that says that it holds the other kind of weights."""
+    if config.weights == "auto" or not isinstance(found, Path) or found.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(found, framework="pt") as file:
+            holds = (file.metadata() or {}).get("weights", config.weights)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"start.path: {found} cannot be read: {error}") from None
+    if holds != config.weights:
+        raise CheckpointError(f"start.weights: {found} holds {holds} weights, not {config.weights}; set it to auto")
+
+
+def read_on_all(config: StartConfig, found: Path | Checkpoint, world: World) -> tuple[str, dict[str, Tensor]]:
+    """As `read`, on every rank; where one of them fails, all raise its error."""
+    result, error = None, None
+    try:
+        check_kind(config, found)
+        result = read(config, found)
+    except CheckpointError as raised:
+        error = portable(raised)
+    if first := next((e for e in world.gather(error) if e is not None), None):
+        raise first
+    assert result is not None
+    return result
 
 
 def read(config: StartConfig, found: Path | Checkpoint) -> tuple[str, dict[str, Tensor]]:
@@ -75,7 +104,7 @@ def load_into(network: nn.Module, config: StartConfig, world: World) -> None:
     All ranks call it; rank 0 alone finds and verifies them. Raises CheckpointError naming the first tensor that does
     not fit, and both shapes.
     """
-    source, given = read(config, world.on_main(lambda: find(Path(config.path))))
+    source, given = read_on_all(config, world.on_main(lambda: find(Path(config.path))), world)
     own = network.state_dict()
     classifiers = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from dgt.training.steps import StepsConfig
 from dgt.training.tensor_files import TensorFileError, TensorFiles
 from dgt.training.trainer import train
 from dgt.training.world import World, joined
+from launch import checks
 
 ALONE = World(0, 1, torch.device("cpu"), None)  # type: ignore[arg-type]
 STEPS = StepsConfig(epochs=2, global_batch_size=8, micro_batch_size=8, max_steps=2, evaluate_every_epochs=0)
@@ -140,6 +142,41 @@ def start_as_two_ranks(path: str, config: Config) -> tuple[int, bool]:
 def test_one_rank_verifies_the_weights_that_all_start_from(earlier: Config) -> None:
     results = [result.value for result in run_ranks(2, start_as_two_ranks, str(earlier.run_dir), earlier)]
     assert results == [(1, True), (0, True)]
+
+
+@pytest.mark.parametrize(("holds", "other"), [("ema", "raw"), ("raw", "ema")])
+def test_an_exported_file_is_refused_where_it_holds_the_other_kind(
+    earlier: Config, tmp_path: Path, holds: Any, other: Any
+) -> None:
+    file, network = tmp_path / "weights.safetensors", build_model(earlier.model, 4)
+    save_file(tensors_of(earlier, "ema."), file, {"weights": holds})
+    for fine in (holds, "auto"):
+        start.load_into(network, StartConfig(str(file), fine), ALONE)
+    with pytest.raises(CheckpointError, match=rf"start\.weights: .* holds {holds} weights, not {other}"):
+        start.load_into(network, StartConfig(str(file), other), ALONE)
+    config = dataclasses.replace(small_config(tmp_path), start=StartConfig(str(file), other))
+    with pytest.raises(CheckpointError, match=r"start\.weights: "):
+        checks.beginning(config)
+
+
+def fail_on_rank_1(path: str, config: Config) -> str:
+    """What this rank raises where rank 1 cannot read."""
+    with joined() as world:
+        if world.rank == 1:
+            start.load_state_dict = None  # type: ignore[assignment]
+        try:
+            start.load_into(build_model(config.model, config.data.num_classes), StartConfig(path), world)
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+
+def test_a_rank_that_cannot_read_the_weights_ends_all_with_its_sentence(earlier: Config, tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file(tensors_of(earlier, "ema."), file)
+    first, second = (result.value for result in run_ranks(2, fail_on_rank_1, str(file), earlier))
+    assert first == second
+    assert "weights.safetensors cannot be read" in first
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_first_tensor_and_both_shapes(
