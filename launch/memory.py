@@ -34,6 +34,10 @@ MOMENTS = {"sgd": 1, "lars": 1, "lion": 1, "adan": 4}
 """Tensors of the size of the weights that an optimizer keeps; two unless named here."""
 
 
+ON_HOST = frozenset({"weights", "gradients", "moments", "average", "host"})
+"""Kinds that lie in host memory where fsdp offloads."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one rank at the moment of a step at which it holds most."""
@@ -51,11 +55,15 @@ class Memory:
     """What operations have made and somebody still needs: activations, their gradients, casts, temporary results."""
     inputs: int
     """One rank's share of a batch as it comes from the host."""
+    teacher: int
+    """Weights of the network that is learned from; what it makes of images counts as activations."""
+    host: int
+    """In host memory, by offloading, and in none of the others."""
 
     @property
     def total(self) -> int:
-        """The sum, without what the allocator, NCCL and the CUDA context add (1 to 2 GB, as a rule)."""
-        return sum(vars(self).values())
+        """The sum on the device, without what the allocator, NCCL and the CUDA context add (1 to 2 GB, as a rule)."""
+        return sum(vars(self).values()) - self.host
 
 
 def parameters(network: nn.Module, only_trained: bool = False) -> int:
@@ -107,6 +115,7 @@ def zero(config: Config, network: nn.Module, ranks: int, apart: Memory) -> Memor
         gradients=once if options.stage == 1 else 0 if host else part,
         moments=0 if host else MOMENTS.get(config.optimizer.name, 2) * part,
         average=(frozen + (0 if host else part)) if config.ema.enabled else 0,
+        host=(2 + MOMENTS.get(config.optimizer.name, 2) + config.ema.enabled) * part if host else 0,
         buffers=FLOAT32 * min(bucket, trained) + (2 * FLOAT32 * largest_block(network) if options.stage == 3 else 0),
     )
 
@@ -137,10 +146,14 @@ def simulate(config: Config, ranks: int, gradients_apart: bool = False) -> Count
 
     plain = without_start(config)
     sharded = plain.engine.name == "fsdp"
+    offload = sharded and plain.engine.fsdp.cpu_offload
     options = dataclasses.replace(plain.engine, name="fsdp" if sharded else "ddp", compile=False, apex_layer_norm=False)
+    options = dataclasses.replace(options, fsdp=dataclasses.replace(options.fsdp, cpu_offload=False))
+    # apex's optimizers need a GPU, and keep the same state as those of the plain name.
+    optimizer = dataclasses.replace(plain.optimizer, name=plain.optimizer.name.removeprefix("fused_"))  # type: ignore[arg-type]
     size = ranks if sharded else 1
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    ledger = Ledger()
+    ledger = Ledger(ON_HOST if offload else frozenset())
     try:
         with (
             imaginary_ranks(size) if sharded else nullcontext(),
@@ -150,12 +163,12 @@ def simulate(config: Config, ranks: int, gradients_apart: bool = False) -> Count
             resizes(ledger),
         ):
             ledger.kind = "weights"
-            task = build_task(plain.task, plain.model, plain.data)
+            task: Any = build_task(plain.task, plain.model, plain.data)
             network = task.build_model()
             network.to = lambda *_, **__: network  # type: ignore[method-assign]  # parameters without numbers cannot be
             world = World(0, size, torch.device("cpu"), None)  # type: ignore[arg-type]  # nobody to agree with
             ledger.kind = "moments"
-            engine = build_engine(network, world, options, plain.optimizer)
+            engine = build_engine(network, world, options, optimizer)
             for parameter in network.parameters():
                 ledger.call(parameter, "weights")
             ledger.kind = "average"
@@ -163,12 +176,32 @@ def simulate(config: Config, ranks: int, gradients_apart: bool = False) -> Count
             for parameter in (p for p in network.parameters() if p.requires_grad):
                 hook = ledger.forget_gradient if gradients_apart else ledger.note_gradient
                 parameter.register_post_accumulate_grad_hook(hook)
+            if plain.task.distillation.teacher:
+                ledger.kind = "teacher"
+                teacher = unread_teacher(plain)
+                task.teacher.on = lambda device: teacher
             steps(plain, task, engine, ledger, plain.steps.share(ranks))
             if average is not None:
                 average.update(0)
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-    return ledger.parts_at_peak
+    peak = ledger.parts_at_peak.copy()
+    peak.update({kind: -peak[kind] for kind in ledger.elsewhere})
+    peak["host"] = ledger.peak_elsewhere
+    return peak
+
+
+def unread_teacher(config: Config) -> nn.Module:
+    """The teacher without its checkpoint. Raises ConfigError for a name that timm does not know."""
+    import timm
+
+    from dgt.config import ConfigError
+
+    try:
+        network = timm.create_model(config.task.distillation.teacher, num_classes=config.data.num_classes)
+    except RuntimeError as error:
+        raise ConfigError(f"task.distillation.teacher: {error}") from None
+    return network.eval().requires_grad_(False)
 
 
 def steps(config: Config, task: Any, engine: Engine, ledger: Ledger, share: int) -> None:
@@ -192,6 +225,8 @@ def steps(config: Config, task: Any, engine: Engine, ledger: Ledger, share: int)
         for parameter in engine.network.parameters():
             if parameter.grad is not None:
                 ledger.call(parameter.grad, "gradients")
+        if ledger.elsewhere:
+            ledger.kind = "host"  # the update is computed there
         return True
 
     # Two micro-batches behave as all of them do: the first finds no gradients, the others do; the last may be smaller.
@@ -242,9 +277,11 @@ def resizes(ledger: Ledger) -> Iterator[None]:
 class Ledger(TorchDispatchMode):
     """Counts the bytes of all storages that operations make, while they live, by what they are for."""
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: frozenset[str] = frozenset()) -> None:
         super().__init__()
-        self.held = self.peak = 0
+        self.elsewhere = elsewhere
+        """Kinds that lie in another memory, whose peak is its own."""
+        self.held = self.peak = self.held_elsewhere = self.peak_elsewhere = 0
         self.kind = "activations"
         """What storages that come are for."""
         self.alive: dict[int, tuple[int, str]] = {}
@@ -266,8 +303,17 @@ class Ledger(TorchDispatchMode):
         return results
 
     def begin(self) -> None:
-        """Forgets the peak so far."""
+        """Forgets the peak so far, of the device."""
         self.peak, self.parts_at_peak = self.held, self.parts.copy()
+
+    def add(self, size: int, kind: str) -> None:
+        """Counts bytes of a kind, or strikes them out."""
+        self.parts[kind] += size
+        if kind in self.elsewhere:
+            self.held_elsewhere += size
+            self.peak_elsewhere = max(self.peak_elsewhere, self.held_elsewhere)
+        else:
+            self.held += size
 
     def count(self, tensor: Tensor) -> None:
         """Enters the tensor's storage, until it dies."""
@@ -280,16 +326,14 @@ class Ledger(TorchDispatchMode):
     def enter(self, key: int, size: int, kind: str) -> None:
         """Adds a storage, and looks whether there has ever been as much."""
         self.alive[key] = (size, kind)
-        self.held += size
-        self.parts[kind] += size
+        self.add(size, kind)
         if self.held > self.peak:
             self.begin()
 
     def drop(self, key: int) -> None:
         """Strikes a storage out."""
         size, kind = self.alive.pop(key, (0, self.kind))
-        self.held -= size
-        self.parts[kind] -= size
+        self.add(-size, kind)
 
     def call(self, tensor: Tensor, kind: str, only: str | None = None) -> None:
         """Says what a storage is for, in place of what was thought (if that was `only`)."""
@@ -297,8 +341,8 @@ class Ledger(TorchDispatchMode):
         size, before = self.alive.get(key, (0, kind))
         if before != kind and only in (None, before):
             self.alive[key] = (size, kind)
-            self.parts[before] -= size
-            self.parts[kind] += size
+            self.add(-size, before)
+            self.add(size, kind)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Enters a new size."""

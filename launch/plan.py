@@ -7,6 +7,7 @@ expect on 1 to 4,096 nodes; `launch/submit.py --dry-run` prints the first of the
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -147,7 +148,9 @@ def memory(config: Config, layout: Layout, network: nn.Module) -> list[tuple[str
         (f"buffers of {config.engine.name}", found.buffers),
         (f"activations (checkpointing: {config.engine.activation_checkpointing})", found.activations),
         ("images", found.inputs),
+        *([("teacher", found.teacher)] if found.teacher else []),
         ("sum", found.total),
+        *([("in host memory, beside it", found.host)] if found.host else []),
     ]
     return [(name, gigabytes(value)) for name, value in rows]
 
@@ -225,33 +228,32 @@ def checkpoints(config: Config, network: nn.Module) -> list[tuple[str, str]]:
 def modes(plan: Plan) -> str:
     """Memory of a rank for every engine, precision and kind of recomputation, as a table."""
 
+    from dgt.training.optim import NEEDS_WHOLE_TENSORS
     from launch import memory
 
-    columns = ("engine", "precision", "checkpointing", "weights", "gradients", "moments", "EMA", "buffers",
-               "activations", "sum")  # fmt: skip
-    rows: list[tuple[str, ...]] = [columns]
+    found: list[tuple[str, EngineConfig, memory.Memory]] = []
     config, network, ranks = plan.config, plan.network, plan.layout.ranks
-
-    def add(label: str, engine: EngineConfig, found: memory.Memory) -> None:
-        parts = (found.weights, found.gradients, found.moments, found.average, found.buffers, found.activations,
-                 found.total)  # fmt: skip
-        numbers = [f"{value / 1e9:.2f}" for value in parts]
-        rows.append((label, engine.precision, engine.activation_checkpointing, *numbers))
-
+    stages = () if config.optimizer.name in NEEDS_WHOLE_TENSORS else (1, 2, 3)
+    names = ("ddp",) if ranks % (config.engine.fsdp.shard_size or 1) else ("ddp", "fsdp")
     kinds = ("none", "selective", "full") if hasattr(network, "set_grad_checkpointing") else ("none",)
-    for precision in ("fp32", "bf16"):
-        for kind in kinds:
-            for name in ("ddp", "fsdp"):
-                changes: dict[str, Any] = {"name": name, "precision": precision, "activation_checkpointing": kind}
-                engine = replace(config.engine, **changes)
-                found = memory.estimate(replace(config, engine=engine), network, ranks)
-                add(name, engine, found)
-                if name == "fsdp":
-                    continue
-                for stage in (1, 2, 3):  # what operations make is the same there
-                    cut: dict[str, Any] = {"stage": stage}
-                    staged = replace(engine, deepspeed=replace(engine.deepspeed, **cut))
-                    add(f"ZeRO {stage}", staged, memory.zero(replace(config, engine=staged), network, ranks, found))
+    for precision, kind, name in itertools.product(("fp32", "bf16"), kinds, names):
+        changes: dict[str, Any] = {"name": name, "precision": precision, "activation_checkpointing": kind}
+        engine = replace(config.engine, **changes)
+        one = memory.estimate(replace(config, engine=engine), network, ranks)
+        found.append((name, engine, one))
+        for stage in stages if name == "ddp" else ():  # what operations make is the same there
+            cut: dict[str, Any] = {"stage": stage}
+            staged = replace(engine, deepspeed=replace(engine.deepspeed, **cut))
+            zero = memory.zero(replace(config, engine=staged), network, ranks, one)
+            found.append((f"ZeRO {stage}", staged, zero))
+    parts = {"weights": "weights", "gradients": "gradients", "moments": "moments", "average": "EMA",
+             "buffers": "buffers", "activations": "activations", "teacher": "teacher", "total": "sum",
+             "host": "host"}  # fmt: skip
+    shown = [part for part in parts if part not in ("teacher", "host") or any(getattr(m, part) for *_, m in found)]
+    rows = [("engine", "precision", "checkpointing", *(parts[part] for part in shown))]
+    for label, engine, one in found:
+        numbers = (f"{getattr(one, part) / 1e9:.2f}" for part in shown)
+        rows.append((label, engine.precision, engine.activation_checkpointing, *numbers))
     return grid(rows) + "\nGB (10^9 bytes) of one rank. ZeRO's are computed from the paper's formulas, not measured."
 
 
@@ -373,8 +375,11 @@ def planned(chosen: argparse.Namespace) -> Plan:
     profile = profiles.load(chosen.profile, {}, ask_slurm=False)
     layout = Layout("slurm", chosen.nodes, chosen.gpus_per_node or profile.gpus_per_node, use_gpus=True)
     config = load(chosen.config, chosen.overrides)
+    network = checks.network(config)
     checks.batches(config, layout.ranks)
-    return Plan(config, layout, profile, checks.network(config))
+    checks.engine(config, network, layout.ranks)
+    checks.teacher(config)
+    return Plan(config, layout, profile, network)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,48 @@ def test_zero_keeps_frozen_weights_whole_below_stage_3(config: Path) -> None:
         assert found.moments == 2 * 4 * half
 
 
+def test_teacher_is_counted_without_its_file(config: Path) -> None:
+    plain = load(config, ["engine.name=ddp", "data.image_size=64"])
+    taught = load(
+        config,
+        [
+            "engine.name=ddp", "data.image_size=64", "task.distillation.teacher=dgt_tiny",
+            "task.distillation.checkpoint_path=nowhere.safetensors",
+        ],
+    )  # fmt: skip
+    network = checks.network(plain)
+    teacher = checks.network(load(config, ["model.name=dgt_tiny"]))
+    alone, both = memory.estimate(plain, network, 1), memory.estimate(taught, network, 1)
+    assert alone.teacher == 0
+    kept = sum(t.numel() * t.element_size() for t in (*teacher.parameters(), *teacher.buffers()))
+    assert both.teacher == pytest.approx(kept, rel=1e-3)
+    assert both.weights == alone.weights
+    assert both.moments == alone.moments
+    assert both.total - alone.total >= both.teacher
+    assert "teacher" in dict(plan.memory(taught, Layout("slurm", 1, 1, use_gpus=True), network))
+
+
+def test_offloaded_state_lies_on_the_host(config: Path) -> None:
+    here, there = (load(config, ["engine.name=fsdp", f"engine.fsdp.cpu_offload={x}"]) for x in ("false", "true"))
+    network = checks.network(here)
+    once = 4 * memory.parameters(network) / 2
+    kept, offloaded = memory.estimate(here, network, 2), memory.estimate(there, network, 2)
+    assert kept.host == offloaded.weights == offloaded.gradients == offloaded.moments == offloaded.average == 0
+    assert 5 * once <= offloaded.host < 8 * once  # weights, gradients, two moments, average; and the update's results
+    assert 0 < offloaded.total <= kept.total - 4 * once
+    assert offloaded.buffers >= 0.5 * kept.buffers
+
+
+def test_zero_offloads_what_the_optimizer_needs(config: Path) -> None:
+    chosen = ["engine.name=deepspeed", "engine.deepspeed.stage=2"]
+    here, there = (load(config, [*chosen, f"engine.deepspeed.offload={where}"]) for where in ("none", "cpu"))
+    network = checks.network(here)
+    half = 4 * -(-memory.parameters(network) // 2)
+    kept, offloaded = memory.estimate(here, network, 2), memory.estimate(there, network, 2)
+    assert (kept.host, offloaded.host) == (0, 5 * half)
+    assert kept.total - offloaded.total == 5 * half
+
+
 def planned(config: Path, nodes: int, per_node: int, overrides: Sequence[str], hardware: Hardware = HARDWARE) -> Any:
     loaded = load(config, [f"steps.global_batch_size={nodes * per_node * 8}", *overrides])
     layout = Layout("slurm", nodes, per_node, use_gpus=True)
@@ -169,6 +211,18 @@ def test_what_the_profile_does_not_say_stays_unknown(config: Path) -> None:
     assert "unknown: the profile does not say hardware.gpu, hardware.intra_node_gb_s" in shown
 
 
+@pytest.mark.parametrize(("optimizer", "stages"), [("adamw", 3), ("lamb", 0)])
+def test_modes_leave_out_what_training_refuses(
+    optimizer: str, stages: int, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = memory.Memory(*[0] * 9)
+    monkeypatch.setattr(memory, "estimate", lambda *_: nothing)
+    made = planned(config, 2, 4, [f"optimizer.name={optimizer}", "engine.fsdp.shard_size=3"])
+    rows = plan.modes(made).splitlines()[1:-1]
+    assert "fsdp" not in str(rows)
+    assert len(rows) == 2 * 3 * (1 + stages), "two precisions, three kinds of recomputation; no fsdp, 3 of 8 ranks"
+
+
 def test_plan_shows_goodput_for_one_to_4096_nodes(config: Path) -> None:
     rows = plan.scale(planned(config, 2, 4, []), runs=5).splitlines()
     numbers = [int(line.split()[0].replace(",", "")) for line in rows[1:14]]
@@ -192,6 +246,13 @@ def test_disk_holds_what_is_kept_and_what_is_being_written(config: Path) -> None
         (["--nodes", "0"], "--nodes must be at least 1, got 0"),
         (["--gpus-per-node", "-1"], "--gpus-per-node must be at least 1, got -1"),
         (["--profile", "nowhere"], "there are aws_efa, ethernet, generic"),
+        (["--gpus-per-node", "8", "engine.fsdp.shard_size=3"], "8 ranks do not divide into groups of 3"),
+        (["engine.name=deepspeed", "optimizer.name=lamb"], "lamb needs whole tensors, which ZeRO cuts"),
+        (["model.name=dgt_nanno"], "unknown model 'dgt_nanno'; did you mean dgt_nano"),
+        (
+            ["task.distillation.teacher=dgt_tiny", "task.distillation.checkpoint_path=/nowhere.pth"],
+            "task.distillation.checkpoint_path: there is no file /nowhere.pth",
+        ),
         (["--nodes", "3", "--gpus-per-node", "1"], "8 does not divide by 3 ranks; the nearest that do are 6 and 9"),
     ],
 )
