@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data_pipeline.shards.source import DataError
+
 NUM_BINS = 15
 """Bins of the calibration error (Guo et al. 2017, section 4)."""
 
@@ -64,11 +66,13 @@ class Counts:
         return torch.cat([part.flatten() for part in parts])
 
     def read(self, totals: Tensor) -> Counted:
-        """What summed vectors say; `totals`: (size,) float64 on the CPU."""
+        """What summed vectors say; `totals`: (size,) float64 on the CPU. Raises DataError where nothing was counted."""
         numbers, classes = totals.numpy(), self.num_classes
         sizes = [4, 3 * NUM_BINS, 3 * classes, classes]
         overall, bins, per_class, guessed, pairs = np.split(numbers, np.cumsum(sizes))
         samples, right, among_five, loss = overall.tolist()
+        if samples == 0:
+            raise DataError("nothing could be evaluated: every sample of the evaluation split is damaged")
         support, top1, top5 = per_class.reshape(classes, 3).T
         return Counted(
             samples=samples,

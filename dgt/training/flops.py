@@ -5,7 +5,9 @@ from __future__ import annotations
 HALF, TF32, FP32 = "half", "tf32", "fp32"
 
 PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
+    ("GB200", {HALF: 2500e12, TF32: 1250e12, FP32: 80e12}),
     ("B200", {HALF: 2250e12, TF32: 1125e12, FP32: 75e12}),
+    ("H200 NVL", {HALF: 835.5e12, TF32: 417.5e12, FP32: 60e12}),
     ("H200", {HALF: 989e12, TF32: 494.5e12, FP32: 67e12}),
     ("H100 PCIe", {HALF: 756e12, TF32: 378e12, FP32: 51e12}),
     ("H100 NVL", {HALF: 835.5e12, TF32: 417.5e12, FP32: 60e12}),

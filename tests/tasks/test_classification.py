@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.config import DataConfig
+from data_pipeline.shards.source import DataError
 from dgt.models import ModelConfig
 from dgt.tasks import Classification, ClassificationConfig, Inputs
 
@@ -60,6 +61,13 @@ def test_padding_and_ties_count_exactly_as_defined() -> None:
     assert metrics["top1"] == 50.0
     assert metrics["top5"] == 75.0
     assert metrics["loss"] == pytest.approx(float(F.cross_entropy(logits[:4], labels[:4])), rel=1e-6)
+
+
+def test_an_evaluation_of_damaged_samples_alone_is_an_error_in_one_sentence() -> None:
+    nothing = torch.zeros(3, dtype=torch.bool)
+    totals = task().totals(Fixed(torch.randn(3, 8)), torch.zeros(3, 3, 4, 4), torch.arange(3), nothing)
+    with pytest.raises(DataError, match=r"nothing could be evaluated: every sample .* is damaged"):
+        task().metrics(totals)
 
 
 def test_a_network_whose_drop_path_cannot_be_repeated_is_refused() -> None:
