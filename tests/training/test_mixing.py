@@ -112,6 +112,7 @@ def test_nothing_is_mixed_from_the_off_epoch_on(tmp_path: Path) -> None:
     )  # fmt: skip
     mixed, last, whole = (StepInputs(config, 5, torch.device("cpu"), e)(batch, slice(0, 8)) for e in (0, 2, 3))
     assert mixed.share is not None
+    assert all(x.images.is_contiguous(memory_format=torch.channels_last) for x in (mixed, whole))
     assert torch.equal(mixed.images, last.images)
     assert whole.share is None
     torch.testing.assert_close(whole.images, normalize(batch.images, config.data.mean, config.data.std))

@@ -94,7 +94,10 @@ def not_open(settings: Mapping[str, Any], allowed: Mapping[str, Any] = OPEN, pre
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the network is spread over the ranks and in which precision it computes."""
+    """How the network is spread over the ranks and in which precision it computes.
+
+    Images are channels-last under every engine; ddp and evaluation programs keep the weights of convolutions so, too.
+    """
 
     name: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
     """"ddp": every rank holds the whole network; "fsdp": each holds a shard of it (FSDP2, block by block);
