@@ -1,7 +1,9 @@
 """The largest micro-batch that fits: found by really training with ever larger ones, a process for each.
 
 A candidate takes two optimizer steps, on this machine's GPU until CUDA has no more memory, or on the CPU within a limit
-that is given. Only sizes that cut a rank's share into equal parts are tried; accumulation keeps the global batch.
+that is given. Only sizes that cut a rank's share into equal parts are tried; accumulation keeps the global batch. One
+process stands for all ranks and holds the whole state, as under ddp: fsdp has room beyond what is found, and a network
+that needs fsdp is judged too strictly; ZeRO's buckets and its copy of the weights are not in it on several ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Tried:
     micro_batch: int
     fits: bool
     peak: int | None
-    """Bytes: allocated by torch on a GPU, resident memory of the process on the CPU; None where it broke off."""
+    """Bytes: allocated by torch on a GPU; on the CPU what the process grew by since before it built the network; None
+    where it broke off."""
 
 
 def candidates(share: int, even: bool) -> list[int]:
@@ -87,8 +90,7 @@ def try_in_child(options: argparse.Namespace, size: int) -> Tried:
 def train_candidate(config: Config, ranks: int, size: int) -> int:
     """Two steps of one micro-batch of `size` in this process; returns the peak in bytes.
 
-    A single process stands for a rank: under fsdp and ZeRO it holds the whole state, so that what is found fits all the
-    more on many ranks. Raises torch.OutOfMemoryError on a GPU.
+    Raises torch.OutOfMemoryError on a GPU, MemoryError or RuntimeError on the CPU.
     """
     import torch
 
@@ -103,6 +105,7 @@ def train_candidate(config: Config, ranks: int, size: int) -> int:
     with joined() as world:
         set_threads(config.engine.threads)
         engine_config = dataclasses.replace(config.engine, name="ddp") if ranks > 1 else config.engine
+        before = resident("VmRSS")
         task = build_task(config.task, config.model, config.data)
         engine = build_engine(task.build_model(), world, engine_config, config.optimizer)
         average = Ema(engine.weights(), config.ema) if config.ema.enabled else None
@@ -124,8 +127,13 @@ def train_candidate(config: Config, ranks: int, size: int) -> int:
                 average.update(step)
         if world.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()  # getrusage would count the process that started it
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        return resident("VmHWM") - before
+
+
+def resident(name: str) -> int:
+    """Resident memory of this process in bytes: "VmRSS" now, "VmHWM" at most; getrusage would count its parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def find(options: argparse.Namespace) -> int:
@@ -138,7 +146,10 @@ def find(options: argparse.Namespace) -> int:
     config = load(options.config, options.overrides)
     if options.ranks < 1:
         raise LaunchError(f"--ranks must be at least 1, got {options.ranks}")
+    network = checks.network(config)
     checks.batches(config, options.ranks)
+    checks.engine(config, network, options.ranks)
+    checks.teacher(config)
     if options.candidate:
         return candidate(config, options)
     if options.memory_gb is None and not torch.cuda.is_available():
@@ -168,8 +179,12 @@ def candidate(config: Config, options: argparse.Namespace) -> int:
     steps = dataclasses.replace(config.steps, micro_batch_size=options.candidate)
     try:
         peak = train_candidate(dataclasses.replace(config, steps=steps), options.ranks, options.candidate)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         return OUT_OF_MEMORY
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # the words of torch's allocator for CPUs
+            return OUT_OF_MEMORY
+        raise
     print(json.dumps({"peak": peak}))
     return 0
 
@@ -177,14 +192,19 @@ def candidate(config: Config, options: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     """All options."""
     result = argparse.ArgumentParser(
-        prog="find_micro_batch.py", description="Find the largest steps.micro_batch_size that fits, by trying."
+        prog="dgt-find-micro-batch", description="Find the largest steps.micro_batch_size that fits, by trying."
     )
     result.add_argument("--config", required=True, metavar="FILE", help="configuration, YAML")
     result.add_argument("overrides", nargs="*", metavar="key=value", help="such as engine.precision=bf16")
-    result.add_argument("--ranks", type=int, default=1, metavar="N", help="of the run that is planned, all together")
+    result.add_argument(
+        "--ranks", type=int, default=1, metavar="N",
+        help="of the run that is planned, all together; with several one process stands for a rank of ddp, which holds "
+        "the whole state: fsdp has room beyond what is found, ZeRO may need more (default: %(default)s)",
+    )  # fmt: skip
     result.add_argument(
         "--memory-gb", type=float, metavar="G",
-        help="10^9 bytes that a rank may hold, by its resident memory on the CPU; on a GPU the default is all there is",
+        help="10^9 bytes that training may take on a rank, on the CPU by what the process grows, without Python and "
+        "libraries; on a GPU the default is all there is",
     )  # fmt: skip
     result.add_argument("--candidate", type=int, help=argparse.SUPPRESS)  # how it starts its children
     return result
@@ -193,7 +213,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Finds it; returns the exit status."""
     chosen = parser().parse_intermixed_args(argv)
-    return program.guarded("find_micro_batch", lambda: find(chosen))
+    return program.guarded("dgt-find-micro-batch", lambda: find(chosen))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from dgt.config import load
 from launch import find_micro_batch as finder
 from launch.find_micro_batch import Tried, candidates, largest
 
@@ -38,6 +40,7 @@ def test_real_children_find_the_size_within_a_limit(
     command = ["--config", str(config), "data.image_size=64", "steps.global_batch_size=96", "engine.name=ddp"]
     options = finder.parser().parse_intermixed_args([*command, "--memory-gb", "1000"])
     peaks = {size: finder.try_in_child(options, size).peak or 0 for size in (2, 96)}
+    assert 0 < peaks[2] < 200e6, "without what Python and torch take"
     assert peaks[96] - peaks[2] > 94 * 0.5e6, "a sample's activations take more than half a megabyte"
     limit = sum(peaks.values()) / 2
     monkeypatch.setattr(finder, "candidates", lambda share, even: [2, 96])  # two children are enough
@@ -49,10 +52,39 @@ def test_real_children_find_the_size_within_a_limit(
 
 
 @pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MemoryError(), finder.OUT_OF_MEMORY),
+        (torch.OutOfMemoryError(), finder.OUT_OF_MEMORY),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+            finder.OUT_OF_MEMORY,
+        ),
+        (RuntimeError("shapes do not match"), None),
+    ],
+)
+def test_a_failed_allocation_is_too_large_and_nothing_else_is(
+    error: Exception, status: int | None, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(finder, "train_candidate", fail)
+    options = finder.parser().parse_intermixed_args(["--config", str(config), "--candidate", "4"])
+    if status is None:
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            finder.candidate(load(config), options)
+    else:
+        assert finder.candidate(load(config), options) == status
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--memory-gb", "0"], "--memory-gb must be above 0, got 0"),
         (["--memory-gb", "1", "--ranks", "0"], "--ranks must be at least 1, got 0"),
+        (["--memory-gb", "1", "--ranks", "4", "engine.fsdp.shard_size=3"], "4 ranks do not divide into groups of 3"),
+        (["--memory-gb", "1", "model.name=dgt_nanno"], "unknown model 'dgt_nanno'; did you mean dgt_nano"),
         (["--memory-gb", "1", "--ranks", "3"], "8 does not divide by 3 ranks; the nearest that do are 6 and 9"),
     ],
 )

@@ -246,11 +246,19 @@ def test_disk_holds_what_is_kept_and_what_is_being_written(config: Path) -> None
         (["--nodes", "0"], "--nodes must be at least 1, got 0"),
         (["--gpus-per-node", "-1"], "--gpus-per-node must be at least 1, got -1"),
         (["--profile", "nowhere"], "there are aws_efa, ethernet, generic"),
-        (["--gpus-per-node", "8", "engine.fsdp.shard_size=3"], "8 ranks do not divide into groups of 3"),
-        (["engine.name=deepspeed", "optimizer.name=lamb"], "lamb needs whole tensors, which ZeRO cuts"),
+        (["--gpus-per-node", "4", "engine.fsdp.shard_size=3"], "4 ranks do not divide into groups of 3"),
+        (
+            ["--gpus-per-node", "1", "engine.name=deepspeed", "optimizer.name=lamb"],
+            "lamb needs whole tensors, which ZeRO cuts",
+        ),
         (["model.name=dgt_nanno"], "unknown model 'dgt_nanno'; did you mean dgt_nano"),
         (
-            ["task.distillation.teacher=dgt_tiny", "task.distillation.checkpoint_path=/nowhere.pth"],
+            [
+                "--gpus-per-node",
+                "1",
+                "task.distillation.teacher=dgt_tiny",
+                "task.distillation.checkpoint_path=/nowhere.pth",
+            ],
             "task.distillation.checkpoint_path: there is no file /nowhere.pth",
         ),
         (["--nodes", "3", "--gpus-per-node", "1"], "8 does not divide by 3 ranks; the nearest that do are 6 and 9"),
