@@ -21,6 +21,7 @@ from dgt.config import ConfigError, to_yaml
 from dgt.models import ModelConfig
 from dgt.training import checkpoint
 from dgt.training.ema import Ema, EmaConfig
+from dgt.training.histograms import distributions
 from dgt.training.optim import OptimizerConfig
 from dgt.training.parallel import Engine, EngineConfig, build_engine, check_engine, check_network
 from dgt.training.parallel.config import OPEN, DeepSpeedConfig
@@ -92,6 +93,8 @@ def save_all(folder: Path) -> dict[str, Any]:
             pieces = pieces_of(engine, ema)
             assert checkpoint.save(folder / label, 2, pieces, {"progress": {}, "config": {}}, world) is None
             found[label] = (assembled(pieces, world), output(engine))
+            shown = {name for of_rank in world.gather([n for n, _ in distributions(engine)]) for name in of_rank}
+            assert shown == {f"weights/{name}" for name in engine.weights()}, label
     return found
 
 
