@@ -198,9 +198,15 @@ def unread_teacher(config: Config) -> nn.Module:
     from dgt.config import ConfigError
 
     try:
-        network = timm.create_model(config.task.distillation.teacher, num_classes=config.data.num_classes)
+        with _disable_current_modes():  # some networks compute their sizes, which takes numbers
+            network = timm.create_model(config.task.distillation.teacher, num_classes=config.data.num_classes)
     except RuntimeError as error:
         raise ConfigError(f"task.distillation.teacher: {error}") from None
+    for module in network.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
     return network.eval().requires_grad_(False)
 
 
