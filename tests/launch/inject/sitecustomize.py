@@ -43,8 +43,8 @@ class Finder(importlib.abc.MetaPathFinder):
 
 def patch(module: Any) -> None:
     """Puts the places into the loop."""
-    trainer, evaluation = module.Trainer, module.evaluate
-    run, step, save, rename = trainer.run, trainer.step, trainer.save, Path.rename
+    trainer, keeper, evaluation = module.Trainer, module.Keeper, module.evaluate
+    run, step, save, rename = trainer.run, trainer.step, keeper.save, Path.rename
 
     def started(self: Any) -> Any:
         hold("start")
@@ -74,7 +74,7 @@ def patch(module: Any) -> None:
             hold(f"save-{int(path.name.split('.')[0].removeprefix('step_'))}")
         return rename(path, to)
 
-    trainer.run, trainer.step, trainer.save, module.evaluate = started, stepped, saved, evaluated
+    trainer.run, trainer.step, keeper.save, module.evaluate = started, stepped, saved, evaluated
     Path.rename = renamed  # type: ignore[method-assign, assignment]
 
 
