@@ -21,6 +21,7 @@ from dgt.config import Config
 from dgt.tasks import Classification
 from dgt.training import checkpoint
 from dgt.training.checkpoint import CheckpointConfig
+from dgt.training.ema import Ema
 from dgt.training.guard import Guard, GuardConfig, fault, read
 from dgt.training.interrupt import Interruption
 from dgt.training.keeper import Keeper
@@ -97,7 +98,8 @@ def poison(*batches: int, rank: int = 0, micro_batch: int = -1, die_at: int = 0)
 def observed(config: Config, *batches: int) -> dict[str, Any]:
     """Trains with batches of which rank 1's first micro-batch is bad; what each changes, and how it ended."""
     poison(*batches, rank=1, micro_batch=0)
-    step, begin = Trainer.step, Keeper.save
+    step, begin, update = Trainer.step, Keeper.save, Ema.update
+    averaged: list[int] = []
     changed: list[list[str]] = []
     saves: list[tuple[int, int]] = []
     counts: list[tuple[int, int]] = []
@@ -120,9 +122,13 @@ def observed(config: Config, *batches: int) -> dict[str, Any]:
         saves.append((self.progress.step, self.progress.bad_in_a_row))
         return begin(self)
 
-    Trainer.step, Keeper.save = watched, save  # type: ignore[method-assign]
+    def average(self: Ema, step: int) -> None:
+        averaged.append(step)
+        update(self, step)
+
+    Trainer.step, Keeper.save, Ema.update = watched, save, average  # type: ignore[method-assign]
     outcome = train(config)
-    return {"changed": changed, "saves": saves, "counts": counts, "outcome": outcome}
+    return {"averaged": averaged, "changed": changed, "saves": saves, "counts": counts, "outcome": outcome}
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
@@ -136,6 +142,7 @@ def test_nan_in_one_micro_batch_of_one_rank_moves_nothing_on_any_rank_and_is_lis
         assert seen["changed"] == [["bad_in_a_row", "data"]] * 3, "batches are used up and nothing else moves"
         assert seen["counts"] == [(1, 8), (2, 16), (2, 24), (2, 32), (3, 40), (4, 48), (4, 56), (5, 64),
                                   (6, 72), (7, 80), (8, 88)]  # fmt: skip
+        assert seen["averaged"] == list(range(8)), "the averages' decay goes by steps taken"
         assert seen["outcome"] == replace(results[0].value["outcome"], status="finished", step=8)
         # Steps 2, 4, 6 as configured, and the best; a bad step right after a save causes none.
         assert [step for step, _ in seen["saves"]] == sorted({step for step, _ in seen["saves"]})
