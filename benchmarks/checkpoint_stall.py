@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": report.machine(),
         "versions": {name: version(name) for name in ("torch", "timm")},
         "commit": report.commit(),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["python", "-m", "benchmarks.checkpoint_stall", *sys.argv[1:]]),
         "settings": {
             "model": options.model,
             "ranks": RANKS,

@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "machine": report.machine(),
             "versions": {name: version(name) for name in ("torch", "timm")},
             "commit": report.commit(),
-            "command": shlex.join(sys.argv),
+            "command": shlex.join(["python", "-m", "benchmarks.overhead", *sys.argv[1:]]),
         }
         options.json.write_text(json.dumps({**facts, "rounds": rounds}, indent=1) + "\n")
     return int(options.check and statistics.median(overhead(rounds, "cpu")) > TARGET)

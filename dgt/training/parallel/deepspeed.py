@@ -192,6 +192,7 @@ class Partitions3(Partitions):
     """Where ZeRO 3 keeps what is this rank's: the same share of each parameter, in flat tensors of many of them."""
 
     def interpose(self) -> None:
+        """The same, where stage 3 asks for its norms group by group."""
         norms_of = self.zero._get_norm_groups
 
         def judged() -> list[Tensor]:
