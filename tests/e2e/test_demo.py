@@ -32,6 +32,7 @@ def test_the_demo_is_interrupted_resumes_and_keeps_its_promise(tmp_path: Path) -
     outcome = json.loads((run / "demo.json").read_text())
     assert outcome["samples"] == 360
     assert outcome["top1"] >= 98.0
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "speed/save_seconds" not in row]  # a save is told when it has ended
     assert steps == sorted(steps)
     assert (checkout / "exports" / "dgt_nano_digits.safetensors").stat().st_size > 4_000_000
