@@ -116,7 +116,12 @@ def whole(tmp_path: Path) -> Path:
 def write_samples(run: Path, ids: list[int]) -> None:
     """The sample log of one rank."""
     steps = range(STEPS)
-    rows = [{"step": step + 1, "ids": ids[step * BATCH : (step + 1) * BATCH]} for step in steps]
+    places = [divmod(step, STEPS_PER_EPOCH) for step in steps]
+    rows = [
+        {"step": step + 1, "epoch": epoch, "consumed": (place + 1) * BATCH, "used": True,
+         "ids": ids[step * BATCH : (step + 1) * BATCH]}
+        for step, (epoch, place) in zip(steps, places, strict=True)
+    ]  # fmt: skip
     (run / "samples" / "rank-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
