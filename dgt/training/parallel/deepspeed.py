@@ -18,12 +18,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.config_file import merged
 from dgt.models import DGTBlock
 from dgt.training.optim import OptimizerConfig, make_state
 from dgt.training.parallel.config import DeepSpeedConfig, EngineConfig
@@ -277,12 +278,3 @@ def settings_of(config: DeepSpeedConfig, clip: float, elements: int) -> dict[str
         "steps_per_print": None,
     }
     return merged(settings, config.settings)
-
-
-def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `under`, mapping by mapping."""
-    both = dict(under)
-    for key, value in over.items():
-        below = both.get(key)
-        both[key] = merged(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
-    return both
