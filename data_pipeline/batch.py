@@ -7,6 +7,7 @@ import functools
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +30,9 @@ class Batch:
     The tensors belong to the consumer: they are not written again as long as anything refers to them.
     """
 
-    images: torch.Tensor
-    """uint8 (n, H, W, 3), RGB"""
+    images: torch.Tensor | list[torch.Tensor]
+    """uint8 (n, H, W, 3), RGB; in evaluations of dense tasks, whose images keep sizes of their own, uint8 (H, W, 3)
+    each"""
 
     labels: torch.Tensor
     """int64 (n,); 0 where not valid"""
@@ -50,6 +52,14 @@ class Batch:
     changes: list[Changes]
     """What is still to be done to each image by data_pipeline.device_changes.apply_changes; empty where there is
     nothing, because the loader's threads have done it"""
+
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """Of dense tasks: (height, width) of each image in its place, from the upper left corner; the rest is padding"""
+
+    targets: list[Any] = field(default_factory=list)
+    """Of dense tasks: what each place is to teach, None where not valid. Segmentation: uint8 maps of class indices,
+    targets.masks.IGNORED where a pixel teaches nothing; (H, W) in training, as large as the stored image in evaluation.
+    Detection: targets.instances.Instances in training, targets.objects.ImageObjects, as stored, in evaluation"""
 
 
 @dataclass

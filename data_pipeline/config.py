@@ -11,12 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data_pipeline.dense_config import DetectionDataConfig, SegmentationDataConfig
+
 Backend = Literal["webdataset", "ffcv", "synthetic"]
 Order = Literal["global", "block"]
 Decoding = Literal["fast", "exact"]
 AugmentPlace = Literal["cpu", "device"]
 Interpolation = Literal["antialias", "linear", "area"]
 ErasingMode = Literal["pixel", "const"]
+Kind = Literal["classification", "segmentation", "detection"]
+"""What a set of samples teaches: a class, a class for each pixel, or objects."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -189,6 +193,12 @@ class DataConfig:
 
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes to training images."""
+
+    segmentation: SegmentationDataConfig = field(default_factory=SegmentationDataConfig)
+    """Used by semantic segmentation, in place of image_size, eval_crop_pct and all of `augment` but the flip."""
+
+    detection: DetectionDataConfig = field(default_factory=DetectionDataConfig)
+    """Used by detection, in place of image_size, eval_crop_pct and all of `augment` but the flip."""
 
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Used where `path` is a URL."""

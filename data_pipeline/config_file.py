@@ -77,8 +77,13 @@ def validated(kind: type[Settings], values: Mapping[str, Any], source: str) -> S
         from pydantic import TypeAdapter, ValidationError
     except ImportError as error:
         raise ConfigError("Reading configurations needs the package pydantic: pip install pydantic") from error
+    plain = dict(values)
+    for key, hint in get_type_hints(kind).items():
+        if kinds := _kinds(hint):  # which of them is decided here, and not by what happens to fit
+            chosen = _named(plain.get(key, {}), kinds, source, f"{key}.") or kinds[0]
+            plain[key] = _section(chosen, plain.get(key, {}), source, key)
     try:
-        settings = TypeAdapter(kind).validate_python(dict(values))
+        settings = TypeAdapter(kind).validate_python(plain)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{source}: {_described(e)}" for e in error.errors())) from None
     for key, value in _leaves(dataclasses.asdict(settings)):  # type: ignore[call-overload]
@@ -86,6 +91,16 @@ def validated(kind: type[Settings], values: Mapping[str, Any], source: str) -> S
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{source}: {key}: must be a finite number, got {value}")
     return settings
+
+
+def _section(kind: type, values: Mapping[str, Any], source: str, key: str) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    _check_section(values, kind, source, f"{key}.", dict(_leaf_keys(kind)))
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{source}: {key}.{_described(e)}" for e in error.errors())) from None
 
 
 def check_keys(values: Any, kind: type, source: str) -> None:
@@ -107,8 +122,44 @@ def _check_section(values: Any, kind: type, source: str, prefix: str, everywhere
             raise ConfigError(f"{source}: unknown key {prefix}{key}{hint}")
         if dataclasses.is_dataclass(hints[key]):
             _check_section(value, hints[key], source, f"{prefix}{key}.", everywhere)
+        elif kinds := _kinds(hints[key]):
+            _check_one_of(value, kinds, source, f"{prefix}{key}.", everywhere)
         elif _is_numeric(hints[key]) and any(isinstance(leaf, bool) for _, leaf in _leaves(value)):
             raise ConfigError(f"{source}: {prefix}{key}: true and false are no numbers, got {value!r}")
+
+
+def _kinds(hint: Any) -> list[type]:
+    """The dataclasses that a section may be one of, by its key `name`; none where `hint` is no choice of such."""
+    kinds = list(get_args(hint))
+    return kinds if kinds and all(dataclasses.is_dataclass(kind) for kind in kinds) else []
+
+
+def _names(kind: type) -> tuple[str, ...]:
+    return get_args(get_type_hints(kind)["name"])
+
+
+def _named(value: Any, kinds: Sequence[type], source: str, prefix: str) -> type | None:
+    """The kind that `value` names; None where it names none. Raises ConfigError for a name that there is not."""
+    if not isinstance(value, Mapping) or "name" not in value:
+        return None
+    for kind in kinds:
+        if value["name"] in _names(kind):
+            return kind
+    known = [name for kind in kinds for name in _names(kind)]
+    raise ConfigError(f"{source}: {prefix}name: {value['name']!r} is none of {', '.join(known)}")
+
+
+def _check_one_of(values: Any, kinds: Sequence[type], source: str, prefix: str, everywhere: Mapping[str, str]) -> None:
+    """As _check_section; without a name, as in an override, what any of the kinds has will do for now."""
+    named = _named(values, kinds, source, prefix)
+    elsewhere = {key: path for key, path in everywhere.items() if not path.startswith(prefix)}
+    errors = []
+    for kind in [named] if named else kinds:
+        try:
+            return _check_section(values, kind, source, prefix, elsewhere | dict(_leaf_keys(kind, prefix)))
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _suggestion(key: str, prefix: str, known: Sequence[str], everywhere: Mapping[str, str]) -> str:
@@ -128,6 +179,9 @@ def _leaf_keys(kind: type, prefix: str = "") -> list[tuple[str, str]]:
     for name, hint in get_type_hints(kind).items():
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             keys += _leaf_keys(hint, f"{prefix}{name}.")
+        elif kinds := _kinds(hint):
+            for kind in kinds:
+                keys += _leaf_keys(kind, f"{prefix}{name}.")
         else:
             keys.append((name, prefix + name))
     return keys

@@ -23,7 +23,7 @@ import torch
 from data_pipeline.batch import Batch, EpochReader, Report
 from data_pipeline.buffers import Buffers
 from data_pipeline.changes import UNCHANGED, recipe_of
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, Kind
 from data_pipeline.expect import Expectation
 from data_pipeline.order import Batching, EpochOrder, Mode
 from data_pipeline.quarantine import Quarantine
@@ -292,6 +292,7 @@ def build_loader(
     config: DataConfig,
     split: str,
     *,
+    kind: Kind = "classification",
     train: bool,
     global_batch_size: int,
     rank: int,
@@ -308,11 +309,14 @@ def build_loader(
     """
     streams = config.canonical_nodes if train and config.order == "block" else 1
     batching = Batching(global_batch_size, rank, world_size, "drop" if train else "mask", streams)
-    return Loader(open_split(config, split), config, batching, train=train, seed=seed, quarantine=quarantine)
+    return Loader(open_split(config, split, kind), config, batching, train=train, seed=seed, quarantine=quarantine)
 
 
-def open_split(config: DataConfig, split: str) -> Source:
-    """The samples of one split, whatever the backend. Raises DataError where the data cannot be used."""
+def open_split(config: DataConfig, split: str, kind: Kind = "classification") -> Source:
+    """The samples of one split, whatever the backend; dense tasks have tar shards only.
+
+    Raises DataError where the data cannot be used, or teaches something else.
+    """
     if config.backend == "synthetic":
         from data_pipeline.synthetic import SyntheticSource
 
@@ -323,7 +327,7 @@ def open_split(config: DataConfig, split: str) -> Source:
         return open_beton(config, split)
     from data_pipeline.shards import open_source
 
-    return open_source(config, split)
+    return open_source(config, split, kind)
 
 
 def _shard_sizes(source: Source, mode: Mode) -> npt.NDArray[np.int64]:

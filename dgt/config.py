@@ -16,7 +16,7 @@ from typing import Any
 from data_pipeline.config import DataConfig
 from data_pipeline.config_file import ConfigError, check_keys, read_with_bases, validated, with_overrides
 from dgt.models import ModelConfig
-from dgt.tasks import TaskConfig
+from dgt.tasks import ClassificationConfig, TaskConfig
 from dgt.training.checkpoint import CheckpointConfig
 from dgt.training.ema import EmaConfig
 from dgt.training.guard import GuardConfig
@@ -44,7 +44,7 @@ class Config:
     """Permissions of a run's folder when it is made, octal; 750 lets a group read it."""
     seed: int = 0
     """Key of every random draw: initial weights, sample order, augmentation, mixing, drop path."""
-    task: TaskConfig = field(default_factory=TaskConfig)
+    task: TaskConfig = field(default_factory=ClassificationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     start: StartConfig = field(default_factory=StartConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -68,6 +68,7 @@ class Config:
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: must lie in [0, 2**32), got {self.seed}")
+        self.check_task()
         if self.mixing.enabled and self.steps.micro_batch_size % 2:
             raise ValueError(
                 "steps.micro_batch_size: must be even while mixing is on, because the samples at positions 2i and "
@@ -79,6 +80,21 @@ class Config:
             raise ValueError(
                 f"steps.global_batch_size: must be a multiple of {2 * streams}, twice data.canonical_nodes, so that "
                 f"the streams of order 'block' advance together in pairs; got {self.steps.global_batch_size}"
+            )
+
+    def check_task(self) -> None:
+        """Raises ValueError where a section is set to what the task has no use for."""
+        if self.task.name == "classification":
+            return
+        if self.mixing.enabled:
+            raise ValueError(f"mixing: is for classification; set both of its alphas to 0 for {self.task.name}")
+        if self.data.backend != "webdataset":
+            raise ValueError(f"data.backend: {self.data.backend} holds no {self.task.name}; use webdataset")
+        if self.task.name == "detection" and self.data.order == "block":
+            raise ValueError("data.order: block cannot put images of like shape together; use global for detection")
+        if self.task.name == "segmentation" and len(self.task.class_weights) not in (0, self.data.num_classes):
+            raise ValueError(
+                f"task.class_weights: {len(self.task.class_weights)} weights for {self.data.num_classes} classes"
             )
 
     @property

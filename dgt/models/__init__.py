@@ -2,8 +2,9 @@
 
 from dgt.models.architecture import Architecture
 from dgt.models.blocks import IRFFN, DGAttention, DGTBlock
-from dgt.models.build import ModelConfig, build_model
+from dgt.models.build import ModelConfig, build_model, freeze
 from dgt.models.checkpointing import CHECKPOINT_MODES
+from dgt.models.dense import DenseNetwork
 from dgt.models.dgt import (
     DGT,
     DGTStage,
@@ -24,6 +25,7 @@ __all__ = [
     "DGAttention",
     "DGTBlock",
     "DGTStage",
+    "DenseNetwork",
     "ModelConfig",
     "StageGrouping",
     "build_model",
@@ -33,5 +35,6 @@ __all__ = [
     "dgt_small",
     "dgt_tiny",
     "drop_path_scale",
+    "freeze",
     "hash_uint32",
 ]

@@ -26,7 +26,7 @@ class ModelConfig:
     """k-means iterations (DGT models only); None keeps the variant's own."""
     freeze: tuple[str, ...] = ()
     """What does not learn: modules or parameters by name ("stem", "stages.0"), with wildcards ("stages.*.norm?.*"), or
-    "backbone", all but the classifier."""
+    "backbone", all but the classifier or the heads of a dense task."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_path_rate < 1:
@@ -45,8 +45,10 @@ def build_model(config: ModelConfig, num_classes: int, in_chans: int = 3) -> nn.
         num_classes: outputs of the classifier, 0 for none.
         in_chans: channels of the input image.
 
+    Everything learns; `freeze` is for whoever has built the whole network.
+
     Raises:
-        ValueError: unknown model name, DGT options on a model that is not a DGT, or nothing of that name to freeze.
+        ValueError: unknown model name, or DGT options on a model that is not a DGT.
     """
     arch_name = config.name.split(".")[0]
     if not timm.is_model(config.name):
@@ -63,9 +65,7 @@ def build_model(config: ModelConfig, num_classes: int, in_chans: int = 3) -> nn.
         )
     if config.drop_path_rate:  # some timm models know no such option, and need not for 0
         options["drop_path_rate"] = config.drop_path_rate
-    model = timm.create_model(config.name, num_classes=num_classes, in_chans=in_chans, **options)
-    freeze(model, config.freeze)
-    return model
+    return timm.create_model(config.name, num_classes=num_classes, in_chans=in_chans, **options)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     names = [name for name, _ in model.named_parameters()]
     head = f"{getattr(model, 'pretrained_cfg', {}).get('classifier')}."
     for pattern in patterns:
-        if pattern == "backbone":
+        if pattern == "backbone" and not hasattr(model, "backbone"):
             frozen = [name for name in names if not name.startswith(head)]
         else:
             frozen = [n for n in names if n.startswith(f"{pattern}.") or fnmatch.fnmatchcase(n, pattern)]

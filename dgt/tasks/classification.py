@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_pipeline.config import DataConfig
-from dgt.models import DGT, ModelConfig, build_model
+from data_pipeline.batch import Batch
+from data_pipeline.config import DataConfig, Kind
+from data_pipeline.transforms import normalize
+from dgt.models import DGT, ModelConfig, build_model, freeze
 from dgt.tasks.counts import MAX_CONFUSION_CLASSES, Counts
 from dgt.tasks.distillation import DistillationConfig, Teacher
-from dgt.tasks.task import Inputs
+from dgt.tasks.task import Findings, Inputs
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,13 @@ class ClassificationConfig:
 class Classification:
     """Training on labels and on a teacher, if there is one; accuracy, loss and calibration error in evaluation."""
 
+    kind: Kind = "classification"
     best_metric = "top1"
 
     def __init__(self, config: ClassificationConfig, model: ModelConfig, data: DataConfig):
         self.config = config
         self.model_config = model
+        self.data = data
         self.num_classes = data.num_classes
         self.teacher = Teacher(config.distillation, data) if config.distillation.teacher else None
         self.counts = Counts(data.num_classes, confusion=data.num_classes <= MAX_CONFUSION_CLASSES)
@@ -69,6 +75,7 @@ class Classification:
         generator, which a resumed run cannot repeat.
         """
         model = build_model(self.model_config, self.num_classes)
+        freeze(model, self.model_config.freeze)
         self.keyed = "sample_keys" in inspect.signature(model.forward).parameters
         if not self.keyed and self.model_config.drop_path_rate > 0:
             raise ValueError(
@@ -77,9 +84,14 @@ class Classification:
             )
         return model
 
-    def macs(self, network: nn.Module, image_size: int) -> int | None:
-        """Multiply-accumulates of one square image; None for networks that are not ours."""
-        return network.macs(image_size, image_size) if isinstance(network, DGT) else None
+    def train_size(self, epoch: int) -> tuple[int, int]:
+        """(height, width) of training images in an epoch, in pixels."""
+        side = self.data.train_image_size(epoch)
+        return side, side
+
+    def macs(self, network: nn.Module, height: int, width: int) -> int | None:
+        """Multiply-accumulates of one image; None for networks that are not ours."""
+        return network.macs(height, width) if isinstance(network, DGT) else None
 
     def loss(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Sum over samples of the loss against the smoothed target, mixed of both labels where the image is mixed.
@@ -132,11 +144,17 @@ class Classification:
         losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return losses.sum(dim=1) if self.config.bce_sum else losses.mean(dim=1)
 
+    def found(self, model: nn.Module, batch: Batch, device: torch.device) -> Findings:
+        """The totals of a batch."""
+        assert isinstance(batch.images, Tensor)
+        images = normalize(batch.images.to(device, non_blocking=True), self.data.mean, self.data.std)
+        return Findings(self.totals(model, images, batch.labels.to(device), batch.valid.to(device)))
+
     def totals(self, model: nn.Module, images: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         """What dgt/tasks/counts.py counts: samples, guesses, losses, confidences and classes, (m,) float64."""
         return self.counts.of(model(images).float(), labels, valid)
 
-    def metrics(self, totals: Tensor) -> dict[str, float]:
+    def metrics(self, totals: Tensor, records: Mapping[int, Any] | None = None) -> dict[str, float]:
         """top1, top5 and calibration error in percent, mean loss, and the number of samples they were counted over."""
         return self.counts.read(totals).metrics
 

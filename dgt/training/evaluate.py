@@ -12,10 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_pipeline.config import DataConfig
 from data_pipeline.loader import Batch
-from data_pipeline.transforms import normalize
-from dgt.tasks import Task
+from dgt.tasks import Findings, Task
 from dgt.training.parallel import EngineConfig
 from dgt.training.parallel.precision import HALF, allow_tf32
 from dgt.training.world import World
@@ -46,30 +44,47 @@ class Batches(Protocol):
 
 @torch.no_grad()
 def evaluate(
-    engine: Evaluated, task: Task, loader: Batches, data: DataConfig, stop_asked: Callable[[], bool] = lambda: False
-) -> Tensor | None:
-    """The task's totals over one pass of `loader`, on the CPU, the same on every rank; all ranks call it.
+    engine: Evaluated, task: Task, loader: Batches, stop_asked: Callable[[], bool] = lambda: False
+) -> Findings | None:
+    """What the task finds in one pass of `loader`, over all ranks and on the CPU; all ranks call it.
 
-    Batches have the same number on every rank (padding does not count), because a sharded network computes
-    together. Returns None when all ranks agreed to stop half way.
+    Totals are the same on every rank; records and pictures are whole on rank 0, in the order of their sample ids, and
+    empty on the others. Batches have the same number on every rank (padding does not count), because a sharded network
+    computes together. Returns None when all ranks agreed to stop half way.
     """
-    device = engine.world.device
-    totals = None
+    found: Findings | None = None
     engine.network.eval()
     loader.set_epoch(0)
     batches: Iterable[Batch] = loader
     for batch in batches:
         if stop_asked():
             return None
-        images = normalize(batch.images.to(device, non_blocking=True), data.mean, data.std)
         with engine.arithmetic():
-            counted = task.totals(engine.network, images, batch.labels.to(device), batch.valid.to(device))
-        totals = counted if totals is None else totals.add_(counted)
-    if totals is None:
+            more = task.found(engine.network, batch, engine.world.device)
+        if found is None:
+            found = more
+        else:
+            found.add(more)
+    if found is None:
         raise ValueError("nothing to evaluate: the evaluation split has no samples")
-    if engine.world.size > 1:
-        dist.all_reduce(totals)
-    return totals.cpu()
+    return of_all_ranks(found, engine.world)
+
+
+def of_all_ranks(found: Findings, world: World) -> Findings:
+    """The findings of all ranks; all ranks call it."""
+    parts: list[Findings] | None = [found]
+    if world.size > 1:
+        dist.all_reduce(found.totals)
+        own = Findings(torch.empty(0), found.records, found.pictures)
+        parts = [own] * world.size if world.is_main else None
+        dist.gather_object(own, parts, group=world.control)
+    whole = Findings(found.totals.cpu())
+    for part in parts or ():
+        whole.records |= part.records
+        whole.pictures |= part.pictures
+    whole.records = dict(sorted(whole.records.items()))
+    whole.pictures = dict(sorted(whole.pictures.items()))
+    return whole
 
 
 @dataclass

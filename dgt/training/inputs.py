@@ -39,6 +39,7 @@ class StepInputs:
     def __call__(self, batch: Batch, part: slice) -> Inputs:
         """The micro-batch `part` of `batch`, normalised and mixed, on the device."""
         positions = batch.positions[part]
+        assert isinstance(batch.images, Tensor)  # lists are for evaluations
         pixels = self.on_device(batch.images[part])
         if batch.changes:
             pixels = apply_changes(pixels, batch.changes[part], self.config.data)
@@ -48,7 +49,7 @@ class StepInputs:
             drop_path_keys(self.config.seed, self.step, positions, self.config.steps.global_batch_size)
         )
         if not self.config.mixing.mixes_in(self.epoch):
-            return Inputs(images, labels, keys)
+            return Inputs(images, labels, keys, sizes=batch.sizes[part], targets=batch.targets[part])
         mixed = mix(images, labels, positions, self.draws)
         return Inputs(mixed.images, labels, keys, mixed.partner_labels, mixed.share)
 

@@ -230,14 +230,23 @@ class Monitor:
         self.seconds = self.waited = self.largest_norm = 0.0
         self.steps = self.macs = self.clipped = 0
 
-    def evaluation(self, step: int, metrics: Mapping[str, float], confusion: np.ndarray | None = None) -> None:
-        """Reports the metrics of one evaluation, and as a picture `confusion`: (classes, classes) samples."""
+    def evaluation(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        confusion: np.ndarray | None = None,
+        answers: Mapping[int, np.ndarray] | None = None,
+    ) -> None:
+        """Reports the metrics of one evaluation, and as pictures `confusion`, (classes, classes) samples, and the
+        `answers`, drawn onto some images, by sample id."""
         if self.is_main:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             log.info("evaluation after step %d:  %s", step, shown)
             self.write(step, {f"val/{name}": value for name, value in metrics.items()})
             if confusion is not None and self.curves is not None:
                 self.picture(step, "val/confusion", pictures.confusion(confusion))
+            for sample, drawn in (answers or {}).items():
+                self.picture(step, f"val/sample_{sample}", drawn)
 
     def saved(self, step: int, seconds: float, stall: float) -> None:
         """Reports how long the checkpoint of `step` took, and for how many seconds training stood still.

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from data_pipeline.loader import Batch, Loader
 from dgt.tasks import Task
@@ -45,7 +45,7 @@ class Reports:
 
         @functools.cache
         def macs(epoch: int) -> int | None:
-            return task.macs(network, config.data.train_image_size(epoch))
+            return task.macs(network, *task.train_size(epoch))
 
         config, folder = self.config, RunFolder(self.config.run_dir)
         size = Size(
@@ -93,7 +93,10 @@ class Reports:
         if warning and self.world.is_main:
             log.warning(warning)
         counted = {f"data/{name}": float(value) for name, value in totals.items()}
-        return {"data/image_size": float(batch.images.shape[1])} | counted | scalars
+        assert isinstance(batch.images, Tensor)
+        height, width = batch.images.shape[1:3]
+        size = {"data/image_size": float(max(height, width))}
+        return size | counted | scalars
 
     def saved(self, saved: Saved) -> None:
         """Tells of a new checkpoint, and learns how long one takes."""

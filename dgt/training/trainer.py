@@ -58,7 +58,7 @@ def train(config: Config, interruption: Interruption | None = None) -> Outcome:
         def loader(split: str, batch_size: int, training: bool) -> Loader:
             return stack.enter_context(
                 build_loader(
-                    config.data, split, train=training, global_batch_size=batch_size,
+                    config.data, split, kind=task.kind, train=training, global_batch_size=batch_size,
                     rank=world.rank, world_size=world.size, seed=config.seed, quarantine=folder.quarantine,
                 )
             )  # fmt: skip
@@ -98,7 +98,7 @@ class Trainer:
         self.guard = Guard(config.guard, world, self.progress, RunFolder(config.run_dir).bad_steps)
         self.reports = Reports(config, world, self.progress, training_data, interruption)
         self.steps_per_epoch = len(training_data)
-        self.scheduled_steps = config.steps.epochs * self.steps_per_epoch
+        self.scheduled_steps = config.steps.scheduled(self.steps_per_epoch)
         self.last_step = min(self.scheduled_steps, config.steps.max_steps or self.scheduled_steps)
 
     def run(self) -> Outcome:
@@ -143,7 +143,7 @@ class Trainer:
             progress.step,
             peak=self.config.optimizer.lr,
             total_steps=self.scheduled_steps,
-            warmup_steps=round(self.config.schedule.warmup_epochs * self.steps_per_epoch),
+            steps_per_epoch=self.steps_per_epoch,
             config=self.config.schedule,
         )
         prepare = StepInputs(self.config, progress.step, self.world.device, self.training_data.epoch)
@@ -220,8 +220,8 @@ class Trainer:
         return self.interruption.agreed(self.world)
 
     def evaluation_is_due(self) -> bool:
-        """At an epoch's end as configured and after the last step."""
-        step, every = self.progress.step, self.config.steps.evaluate_every_epochs * self.steps_per_epoch
+        """At the ends of epochs, or after steps, as configured, and after the last step."""
+        step, every = self.progress.step, self.config.steps.evaluate_every(self.steps_per_epoch)
         return step != self.progress.evaluated_at and (step >= self.last_step or (every > 0 and step % every == 0))
 
     def evaluate_if_due(self) -> bool:
@@ -231,17 +231,15 @@ class Trainer:
         self.reports.monitor.end_trace(self.progress.step)
         self.keeper.let_change()
         with self.engine.averaged_weights(self.keeper.ema):
-            totals = evaluate(
-                self.engine, self.task, self.validation_data, self.config.data, lambda: bool(self.asked_to_stop())
-            )
-        if totals is None:
+            found = evaluate(self.engine, self.task, self.validation_data, lambda: bool(self.asked_to_stop()))
+        if found is None:
             return False
-        metrics = self.task.metrics(totals)
+        metrics = self.world.on_main(lambda: self.task.metrics(found.totals, found.records))
         progress, value = self.progress, metrics[self.task.best_metric]
         progress.metrics, progress.evaluated_at = metrics, progress.step
         if progress.best_metric is None or value > progress.best_metric:
             progress.best_metric, progress.best_step = value, progress.step
-        self.reports.monitor.evaluation(progress.step, metrics, self.task.confusion(totals))
+        self.reports.monitor.evaluation(progress.step, metrics, self.task.confusion(found.totals), found.pictures)
         return True
 
     def save_is_due(self) -> bool:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dgt.models import DGT, ModelConfig, build_model
+from dgt.models import DGT, ModelConfig, build_model, freeze
 
 
 def test_a_dgt_takes_its_options():
@@ -47,14 +47,15 @@ def test_an_unknown_name_suggests_the_nearest():
     ],
 )
 def test_what_is_frozen_needs_no_gradient(patterns, learning):
-    model = build_model(ModelConfig("dgt_nano", freeze=patterns), num_classes=3)
+    model = build_model(ModelConfig("dgt_nano"), num_classes=3)
+    freeze(model, patterns)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert {".".join(name.split(".")[: 2 if name.startswith("stages") else 1]) for name in names} == learning
 
 
 def test_a_name_of_nothing_to_freeze_suggests_the_nearest():
     with pytest.raises(ValueError, match=r"freeze: 'stage.0' names no parameter; the nearest name is 'stages.0'"):
-        build_model(ModelConfig("dgt_nano", freeze=("stage.0",)), num_classes=3)
+        freeze(build_model(ModelConfig("dgt_nano"), num_classes=3), ("stage.0",))
 
 
 def test_the_configuration_is_frozen():
