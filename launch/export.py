@@ -80,13 +80,13 @@ def export(options: argparse.Namespace) -> int:
 def metadata(config: Config) -> dict[str, str]:
     """What the header says, each value a string (JSON where it is not plain text), under timm's own names."""
     from dgt.config import to_yaml
+    from dgt.models.build import ATTENTION
 
     data, model = config.data, config.model
-    names = ("num_groups", "top_k", "num_iters")
     facts: dict[str, Any] = {
         "architecture": model.name,
         "num_classes": data.num_classes,
-        "model_args": {name: getattr(model, name) for name in names if getattr(model, name) is not None},
+        "model_args": {name: getattr(model, name) for name in ATTENTION if getattr(model, name) is not None},
         "pretrained_cfg": {
             "input_size": (3, data.image_size, data.image_size),
             "mean": data.mean,

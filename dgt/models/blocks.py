@@ -19,8 +19,14 @@ from dgt.ops import dg_attention
 
 NORM_EPS = 1e-6
 
-# Its choice of implementation looks at sizes, which a symbolic trace does not have.
-register_notrace_function(dg_attention)
+
+@register_notrace_function
+def groups_and_keys(arch: Architecture, stage: int, tokens: int) -> tuple[int, int]:
+    """As `Architecture.groups_and_keys`: its roots need a size, which a symbolic trace does not have."""
+    return arch.groups_and_keys(stage, tokens)
+
+
+register_notrace_function(dg_attention)  # its choice of implementation looks at sizes, too
 
 
 @register_notrace_module  # its path depends on the map's size
@@ -45,13 +51,12 @@ class DepthwiseConv(nn.Conv2d):
 class DGAttention(nn.Module):
     """Multi-head DG-Attention with its projections: (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, dim: int, arch: Architecture) -> None:
+    def __init__(self, dim: int, arch: Architecture, stage: int = 0) -> None:
         super().__init__()
+        self.arch = arch
+        self.stage = stage
         self.head_dim = arch.head_dim
         self.num_heads = dim // arch.head_dim
-        self.num_groups = arch.num_groups
-        self.top_k = arch.top_k
-        self.num_iters = arch.num_iters
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -59,7 +64,8 @@ class DGAttention(nn.Module):
         batch, height, width, dim = x.shape
         qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = dg_attention(q, k, v, num_groups=self.num_groups, top_k=self.top_k, num_iters=self.num_iters)
+        groups, keys = groups_and_keys(self.arch, self.stage, height * width)
+        y = dg_attention(q, k, v, num_groups=groups, top_k=keys, num_iters=self.arch.num_iters)
         return self.proj(y.transpose(1, 2).reshape(batch, height, width, dim))
 
 
@@ -89,16 +95,17 @@ class DGTBlock(nn.Module):
         arch: attention and feed-forward settings.
         index: the block's number in the network; it gives the block's drop paths their own random numbers.
         drop_path: probability of dropping a branch for a sample.
+        stage: the stage's number, from 0, on which the growth of groups and keys depends.
     """
 
-    def __init__(self, dim: int, arch: Architecture, index: int = 0, drop_path: float = 0.0) -> None:
+    def __init__(self, dim: int, arch: Architecture, index: int = 0, drop_path: float = 0.0, stage: int = 0) -> None:
         super().__init__()
         self.index = index
         self.drop_path = drop_path
         self.checkpointing: str | None = None
         self.cpe = DepthwiseConv(dim)
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = DGAttention(dim, arch)
+        self.attn = DGAttention(dim, arch, stage)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.ffn = IRFFN(dim, int(dim * arch.mlp_ratio))
 

@@ -10,6 +10,10 @@ import timm
 from torch import nn
 
 
+ATTENTION = ("num_groups", "top_k", "num_iters", "group_growth", "key_growth")
+"""Options of DG-Attention, which no other network has."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which network to train."""
@@ -24,6 +28,11 @@ class ModelConfig:
     """Keys that each group attends to (DGT models only); None keeps the variant's own."""
     num_iters: int | None = None
     """k-means iterations (DGT models only); None keeps the variant's own."""
+    group_growth: float | None = None
+    """Exponent p with which groups grow for maps of more tokens L than the stage has at 224 pixels, L0: num_groups
+    (L / L0)^p, up to 256 (DGT models only); None keeps the variant's own, 0 = as many for all sizes."""
+    key_growth: float | None = None
+    """The same for top_k, without a bound (DGT models only)."""
     freeze: tuple[str, ...] = ()
     """What does not learn: modules or parameters by name ("stem", "stages.0"), with wildcards ("stages.*.norm?.*"), or
     "backbone", all but the classifier or the heads of a dense task."""
@@ -35,6 +44,10 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: must be at least 1, got {value}")
+        for name in ("group_growth", "key_growth"):
+            exponent = getattr(self, name)
+            if exponent is not None and not 0 <= exponent <= 1:
+                raise ValueError(f"{name}: must lie in [0, 1], got {exponent}")
 
 
 def build_model(config: ModelConfig, num_classes: int, in_chans: int = 3) -> nn.Module:
@@ -55,9 +68,7 @@ def build_model(config: ModelConfig, num_classes: int, in_chans: int = 3) -> nn.
         near = difflib.get_close_matches(arch_name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() lists the known ones"
         raise ValueError(f"unknown model {config.name!r}{hint}")
-    options: dict[str, Any] = {
-        key: value for key in ("num_groups", "top_k", "num_iters") if (value := getattr(config, key)) is not None
-    }
+    options: dict[str, Any] = {key: value for key in ATTENTION if (value := getattr(config, key)) is not None}
     if options and not timm.models.is_model_in_modules(arch_name, ["dgt"]):
         raise ValueError(
             f"model {config.name!r} is not a Dynamic Group Transformer and has no {', '.join(options)}; "

@@ -58,20 +58,19 @@ class DGTStage(nn.Module):
         in_dim: channels of the previous stage; None for the first stage, which has no convolution before it.
         dim: channels.
         arch: attention and feed-forward settings.
-        first_index: number in the network of the stage's first block.
+        index: the stage's number, from 0.
         drop_paths: drop probability of each block; their number is the stage's depth.
     """
 
-    def __init__(
-        self, in_dim: int | None, dim: int, arch: Architecture, first_index: int, drop_paths: list[float]
-    ) -> None:
+    def __init__(self, in_dim: int | None, dim: int, arch: Architecture, index: int, drop_paths: list[float]) -> None:
         super().__init__()
         self.downsample: nn.Module = nn.Identity()
         if in_dim is not None:
             conv = nn.Conv2d(in_dim, dim, kernel_size=3, stride=2, padding=1)
             self.downsample = nn.Sequential(conv, LayerNorm2d(dim, eps=NORM_EPS))
+        first = sum(arch.depths[:index])
         self.blocks = nn.ModuleList(
-            DGTBlock(dim, arch, first_index + i, drop_path) for i, drop_path in enumerate(drop_paths)
+            DGTBlock(dim, arch, first + i, drop_path, index) for i, drop_path in enumerate(drop_paths)
         )
 
     def forward(self, x: Tensor, sample_keys: Tensor | None = None) -> Tensor:
@@ -120,7 +119,7 @@ class DGT(nn.Module):
         for i, dim in enumerate(cfg.embed_dims):
             in_dim = cfg.embed_dims[i - 1] if i else None
             first = sum(cfg.depths[:i])
-            self.stages.append(DGTStage(in_dim, dim, cfg, first, drop_paths[first : first + cfg.depths[i]]))
+            self.stages.append(DGTStage(in_dim, dim, cfg, i, drop_paths[first : first + cfg.depths[i]]))
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
         self.num_features = self.head_hidden_size = cfg.embed_dims[-1]
         self.norm: nn.Module = LayerNorm2d(self.num_features, eps=NORM_EPS)

@@ -40,9 +40,9 @@ def stage_resolutions(num_stages: int, height: int, width: int) -> list[tuple[in
 def stage_groupings(arch: Architecture, height: int, width: int) -> list[StageGrouping]:
     """Per stage: tokens, groups, keys per group, and whether grouping is at work; sizes in pixels."""
     groupings = []
-    for h, w in stage_resolutions(len(arch.depths), height, width):
+    for stage, (h, w) in enumerate(stage_resolutions(len(arch.depths), height, width)):
         tokens = h * w
-        groups, top_k = min(arch.num_groups, tokens), min(arch.top_k, tokens)
+        groups, top_k = (min(number, tokens) for number in arch.groups_and_keys(stage, tokens))
         mode = "dense" if is_dense(tokens, groups, top_k) else "grouped"
         groupings.append(StageGrouping(tokens, groups, top_k, mode))
     return groupings

@@ -81,11 +81,59 @@ def test_attention_options_reach_every_block():
     model = on_meta("dgt_nano", num_groups=5, top_k=7, num_iters=2)
     for module in model.modules():
         if isinstance(module, DGTBlock):
-            assert (module.attn.num_groups, module.attn.top_k, module.attn.num_iters) == (5, 7, 2)
+            assert module.attn.arch is model.arch
     assert model.arch == Architecture((32, 64, 128, 160), (1, 1, 2, 1), num_groups=5, top_k=7, num_iters=2)
 
 
-@pytest.mark.parametrize("wrong", [{"num_groups": 0}, {"top_k": 0}, {"num_iters": 0}, {"head_dim": 24}])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # 48 and 98 at 224 pixels; (448 / 224)^2 = 4 times the tokens, whose root is 2.
+        ({}, [(48, 98)] * 4),
+        ({"group_growth": 0.5}, [(96, 98)] * 4),
+        ({"key_growth": 0.5}, [(48, 196)] * 4),
+        ({"group_growth": 1.0, "key_growth": 0.25}, [(192, 139)] * 4),  # 98 * sqrt(2) = 138.6
+    ],
+)
+def test_groups_and_keys_grow_with_the_tokens_of_each_stage(options, expected):
+    model = on_meta("dgt_tiny", **options)
+    arch, tokens = model.arch, [stage.tokens for stage in model.grouping(448, 448)]
+    assert tokens == [112**2, 56**2, 28**2, 14**2]
+    assert [arch.groups_and_keys(i, count) for i, count in enumerate(tokens)] == expected
+    for size in (224, 96):
+        same = [arch.groups_and_keys(i, stage.tokens) for i, stage in enumerate(model.grouping(size, size))]
+        assert same == [(48, 98)] * 4, "what was chosen for 224 pixels, and no less for smaller images"
+
+
+def test_groups_stop_growing_at_256_but_are_never_fewer_than_configured():
+    grown = on_meta("dgt_tiny", group_growth=1.0)
+    assert [stage.num_groups for stage in grown.grouping(1024, 1024)] == [256] * 4
+    assert on_meta("dgt_tiny", num_groups=300, group_growth=0.5).grouping(1024, 1024)[0].num_groups == 300
+
+
+def test_a_network_attends_by_the_groups_and_keys_that_it_reports(monkeypatch):
+    from dgt.models import blocks
+
+    seen, attention = [], blocks.dg_attention
+
+    def noting(q, *args, num_groups, top_k, **options):
+        seen.append((q.shape[2], min(num_groups, q.shape[2]), min(top_k, q.shape[2])))
+        return attention(q, *args, num_groups=num_groups, top_k=top_k, **options)
+
+    monkeypatch.setattr(blocks, "dg_attention", noting)
+    # At 224 pixels stage 1 has 3136 tokens; a map of 60 x 68 cells has 4080: (4080 / 3136)^1 * 8 = 10.4 groups.
+    model = timm.create_model("dgt_nano", num_classes=3, group_growth=1.0, key_growth=0.5).eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 240, 272))
+    stages = [stage[:3] for stage in model.grouping(240, 272)]
+    assert stages[0] == (4080, 10, 18)
+    assert seen == [stage for stage, depth in zip(stages, (1, 1, 2, 1), strict=True) for _ in range(depth)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_groups": 0}, {"top_k": 0}, {"num_iters": 0}, {"head_dim": 24}, {"group_growth": -0.5}, {"key_growth": 1.5}],
+)
 def test_impossible_architectures_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         on_meta("dgt_nano", **wrong)
