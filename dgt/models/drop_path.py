@@ -17,17 +17,18 @@ _FACTOR_1 = 0x21F0AAAD
 _FACTOR_2 = 0x7FEB352D
 
 
-def hash_uint32(keys: Tensor, index: int) -> Tensor:
+def hash_uint32(keys: Tensor, index: int | Tensor) -> Tensor:
     """Hash 32-bit keys and a counter to 32-bit numbers, the same on every device, eager or compiled.
 
     A xor-shift-multiply mixer on int64 tensors in which no intermediate result leaves [0, 2**63).
 
     Args:
         keys: any shape, int64, values in [0, 2**32).
-        index: the counter, >= 0; different counters give independent numbers for the same key.
+        index: the counter, in [0, 2**31); different counters give independent numbers for the same key. A tensor of
+            counters, int64, is broadcast against `keys`.
 
     Returns:
-        int64 tensor of the shape of `keys`, values in [0, 2**32).
+        int64 tensor of the shape of `keys` (and `index`), values in [0, 2**32).
     """
     x = (keys + ((index + 1) * _GOLDEN_RATIO & _UINT32)) & _UINT32
     x = x ^ (x >> 16)
