@@ -19,6 +19,7 @@ from data_pipeline.prepare import (
     imagenet22k,
     mask_folders,
     options,
+    shapes,
     synthetic_jpegs,
     webdataset,
 )
@@ -56,6 +57,7 @@ CONVERTERS: tuple[Converter, ...] = (
     mask_folders,
     coco,
     digits,
+    shapes,
     synthetic_jpegs,
 )
 
