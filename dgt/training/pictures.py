@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dgt.tasks import Inputs
+from data_pipeline.targets.instances import Instances
+from dgt.tasks import Inputs, drawing
+from dgt.tasks.drawing import INK, SOFT, WHITE, font
 
-WHITE, INK, SOFT, GRID = (255, 255, 255), (32, 36, 44), (110, 116, 128), (222, 225, 230)
+GRID = (222, 225, 230)
 RIGHT, WRONG = (30, 110, 190), (205, 70, 45)
 """Colours of right answers and of wrong ones."""
 DOUBTED, CLAIMED = (150, 190, 228), (240, 190, 175)
@@ -19,11 +21,10 @@ SIZE = 900
 """Least side of a confusion matrix, in pixels."""
 NAMED_CLASSES, NUMBERED_CLASSES = 40, 20
 """Most classes whose names stand at the border, and whose counts stand in the cells."""
-
-
-def font(size: float) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """Pillow's own typeface, so that pictures look the same everywhere."""
-    return ImageFont.load_default(size)
+SHOWN_IMAGES, SHOWN_DENSE = 16, 4
+"""Training images in a picture, of classification and of dense tasks."""
+DENSE_SIDE = 512
+"""Most pixels of the longest side of each training image of a dense task."""
 
 
 def mixed(share: np.ndarray, colour: Sequence[int]) -> np.ndarray:
@@ -159,10 +160,13 @@ def tick_marks(draw: ImageDraw.ImageDraw, left: int, top: int, side: int) -> Cal
 def samples(inputs: Inputs, mean: Sequence[float], std: Sequence[float], names: Sequence[str] = ()) -> np.ndarray:
     """Draws images as the network sees them, four in a row, above what they count as: uint8 (H, W, 3).
 
-    `inputs`: normalised by `mean` and `std`; of a mixed image both labels and their shares are written.
+    `inputs`: normalised by `mean` and `std`; of a mixed image both labels and their shares are written. Targets of a
+    dense task are drawn over the images, of which `SHOWN_DENSE` are shown.
     """
     images = inputs.images.detach().float().cpu().permute(0, 2, 3, 1).numpy()
     pixels = ((images * np.array(std) + np.array(mean)).clip(0, 1) * 255).round().astype(np.uint8)
+    if inputs.targets:
+        return dense_samples(pixels, inputs, names)
     scale = max(1, math.ceil(160 / pixels.shape[1]))
     side, columns, margin, line = pixels.shape[1] * scale, min(4, len(pixels)), 8, 40
     rows = math.ceil(len(pixels) / columns)
@@ -175,6 +179,18 @@ def samples(inputs: Inputs, mean: Sequence[float], std: Sequence[float], names: 
         for number, text in enumerate(shares_of(inputs, i, names)):
             draw.text((x, y + side + 2 + 16 * number), text, INK, font(14))
     return np.asarray(canvas)
+
+
+def dense_samples(pixels: np.ndarray, inputs: Inputs, names: Sequence[str]) -> np.ndarray:
+    """Draws targets over the images `pixels`, uint8 (n, H, W, 3), without what they are padded with: one row."""
+    drawn = []
+    for image, (height, width), target in zip(pixels[:SHOWN_DENSE], inputs.sizes, inputs.targets, strict=False):
+        seen = np.ascontiguousarray(image[:height, :width])
+        if isinstance(target, Instances):
+            drawn.append(drawing.instances(seen, target, names, DENSE_SIDE))
+        else:
+            drawn.append(drawing.class_map(seen, target[:height, :width], names, DENSE_SIDE))
+    return drawing.beside(drawn)
 
 
 def shares_of(inputs: Inputs, i: int, names: Sequence[str]) -> list[str]:

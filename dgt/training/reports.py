@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dgt")
 
-SHOWN_IMAGES = 16
-
 
 class Reports:
     """One rank's part, from where the run begins, resumes or returns to; all ranks call the same methods."""
@@ -78,7 +76,8 @@ class Reports:
             scalars |= self.of_all_ranks(batch)
         if self.monitor.shows_images(step):
             data = self.config.data
-            inputs = prepare(batch, slice(0, SHOWN_IMAGES))
+            shown = pictures.SHOWN_DENSE if batch.targets else pictures.SHOWN_IMAGES
+            inputs = prepare(batch, slice(0, shown))
             drawn = pictures.samples(inputs, data.mean, data.std, self.data.source.class_names)
             self.monitor.picture(step, "train/images", drawn)
         self.monitor.step(step, *seconds, scalars)

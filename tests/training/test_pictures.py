@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.targets.instances import Instances
 from dgt.tasks import Inputs
+from dgt.tasks.drawing import colours
 from dgt.training import pictures
 from dgt.training.pictures import RIGHT, WHITE, cell_colours, confusion, nice_step, reliability, samples, shares_of
 
@@ -91,3 +93,32 @@ def test_samples_are_denormalised_and_labelled_with_their_shares() -> None:
     mixed = Inputs(images, inputs.labels, inputs.sample_keys, inputs.labels ^ 1, torch.tensor([0.7, 0.7, 1, 1, 1, 1]))
     assert shares_of(mixed, 0, ["cat", "dog"]) == ["cat  0.70", "dog  0.30"]
     assert shares_of(mixed, 2, ["cat", "dog"]) == ["2"]
+
+
+def dense_inputs(pixels: torch.Tensor, sizes: list[tuple[int, int]], targets: list[Any]) -> Inputs:
+    """Of images in units of a mean of 0.5 and a standard deviation of 0.25."""
+    nothing = torch.zeros(len(pixels), dtype=torch.int64)
+    return Inputs((pixels - 0.5) / 0.25, nothing, nothing, sizes=sizes, targets=targets)
+
+
+def test_class_maps_of_training_are_drawn_over_four_images_without_padding() -> None:
+    pixels = torch.full((6, 3, 64, 96), 0.4)
+    classes = np.full((64, 96), 255, np.uint8)
+    classes[:, 48:] = 1
+    drawn = samples(
+        dense_inputs(pixels, [(64, 96), *[(48, 80)] * 5], [classes] * 6), (0.5,) * 3, (0.25,) * 3, ["sky", "road"]
+    )
+    assert drawn.shape == (64 * 4 + 3 * 10 + 20, (96 * 4 + 20) + 3 * (80 * 4 + 20), 3)
+    assert drawn[10 + 100, 10 + 100].tolist() == [102] * 3
+    for x in (10 + 300, 404 + 10 + 300):
+        assert drawn[10 + 100, x].tolist() == (0.45 * 102 + 0.55 * colours(2)[1]).round().tolist()
+    assert (drawn[10 + 48 * 4 + 1, 404:] == 255).all()  # below the second image
+
+
+def test_instances_of_training_are_drawn_over_large_images_shrunk() -> None:
+    target = Instances(np.array([[0, 0, 512, 512]], np.float32), np.array([2]), (np.ones((512, 512), np.uint8),))
+    inputs = dense_inputs(torch.full((1, 3, 1024, 1024), 0.4), [(1024, 1024)], [target])
+    drawn = samples(inputs, (0.5,) * 3, (0.25,) * 3, ["a", "b", "c"])
+    assert drawn.shape == (512 + 3 * 10 + 20, 512 + 20, 3)
+    assert drawn[10 + 200, 10 + 200].tolist() == (102 + 0.45 * (colours(3)[2] - 102.0)).round().tolist()
+    assert drawn[10 + 300, 10 + 300].tolist() == [102] * 3
