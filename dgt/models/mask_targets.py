@@ -1,0 +1,83 @@
+"""What the mask head is to answer in each region: the object's mask, cut out and resized.
+
+The same as torchvision's `project_masks_on_boxes`, which is RoIAlign (arXiv 1703.06870, section 3) on one map of the
+whole image for each object. RoIAlign's samples form a grid, so that it is a product of three matrices: weights of rows,
+mask, weights of columns. Here the mask is the object's own crop, and memory does not grow with objects times image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+def mask_targets(
+    crops: Sequence[npt.NDArray[np.uint8]],
+    corners: Sequence[tuple[int, int]],
+    size: tuple[int, int],
+    boxes: Tensor,
+    matched: Tensor,
+    resolution: int,
+) -> Tensor:
+    """Share of each of resolution x resolution cells of p boxes that their objects cover: (p, resolution, resolution).
+
+    Args:
+        crops: of each of k objects uint8 (h, w), 0 or 1; what lies outside of its crop is not the object's.
+        corners: of each crop (top, left) in the image, in whole pixels.
+        size: (height, width) of the image.
+        boxes: (p, 4) float, left, top, right, bottom.
+        matched: (p,) int64, the object that each box shows.
+        resolution: cells a side.
+    """
+    targets = boxes.new_zeros(len(boxes), resolution, resolution)
+    objects = matched.unique().tolist()
+    if not objects:
+        return targets
+    spans = [max(crops[k].shape[axis] for k in objects) for axis in (0, 1)]
+    origins = torch.tensor(corners, dtype=boxes.dtype, device=boxes.device)[matched]
+    rows = axis_weights(boxes[:, 1::2], size[0], origins[:, 0], spans[0], resolution)
+    columns = axis_weights(boxes[:, 0::2], size[1], origins[:, 1], spans[1], resolution)
+    # One copy to the device for all crops; they come out of it as views.
+    pixels = torch.from_numpy(np.concatenate([crops[k].ravel() for k in objects])).to(boxes.device)
+    for k, flat in zip(objects, pixels.split([crops[k].size for k in objects]), strict=True):
+        height, width = crops[k].shape
+        crop, own = flat.view(height, width).to(boxes.dtype), torch.where(matched == k)[0]
+        with torch.autocast(boxes.device.type, enabled=False):  # which would round the products to 16 bits
+            targets[own] = rows[own, :, :height] @ crop @ columns[own, :, :width].transpose(1, 2)
+    return targets
+
+
+def axis_weights(ranges: Tensor, extent: int, origins: Tensor, span: int, cells: int) -> Tensor:
+    """Weight of each of `span` pixels from `origins` on in each of the `cells` of each range: (p, cells, span).
+
+    Along one axis, and as torchvision's `roi_align` (sampling_ratio=-1, aligned=False) has it: a cell is the mean of
+    as many samples as pixels fall on it, rounded up; a sample lies between two pixels, and beyond the image's `extent`
+    nothing is.
+
+    Args:
+        ranges: (p, 2) float, begin and end in pixels.
+        extent: pixels of the whole image.
+        origins: (p,) first pixel whose weight is asked for.
+        span: pixels whose weights are asked for.
+        cells: cells in a range.
+    """
+    begin = ranges[:, 0, None, None]
+    length = (ranges[:, 1, None, None] - begin).clamp(min=1)
+    samples = (length / cells).ceil()
+    cell = torch.arange(cells, device=ranges.device, dtype=ranges.dtype)[:, None]
+    sample = torch.arange(int(samples.max()), device=ranges.device, dtype=ranges.dtype)
+    at = begin + cell * (length / cells) + (sample + 0.5) * (length / cells) / samples  # (p, cells, most samples)
+    weight = ((sample < samples) & (at >= -1) & (at <= extent)) / samples
+    at = at.clamp(0, extent - 1)
+    low = at.floor()
+    weights = ranges.new_zeros(len(ranges) * cells * span)
+    place = torch.arange(len(ranges) * cells, device=ranges.device).view(-1, cells, 1) * span
+    for pixel, share in ((low, 1 - (at - low)), ((low + 1).clamp(max=extent - 1), at - low)):
+        index = (pixel - origins[:, None, None]).long()
+        inside = (index >= 0) & (index < span)
+        weights.scatter_add_(0, (place + index.clamp(0, span - 1)).flatten(), (weight * share * inside).flatten())
+    return weights.view(-1, cells, span)
