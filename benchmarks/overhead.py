@@ -95,13 +95,12 @@ def bare(config: Config) -> Iterator[None]:
     with build_loader(
         config.data, "train", train=True, global_batch_size=size, rank=0, world_size=1, seed=config.seed
     ) as loader:
-        warm_up = round(config.schedule.warmup_epochs * len(loader))
         for step, batch in enumerate(loader):
             yield
             set_learning_rate(
                 optimizer,
                 learning_rate(
-                    step, peak=config.optimizer.lr, total_steps=len(loader), warmup_steps=warm_up,
+                    step, peak=config.optimizer.lr, total_steps=len(loader), steps_per_epoch=len(loader),
                     config=config.schedule,
                 ),
             )  # fmt: skip

@@ -49,7 +49,7 @@ def network(config: Config) -> nn.Module:
     import torch
 
     from dgt.config import ConfigError
-    from dgt.models import DGT
+    from dgt.models import DGTBlock
     from dgt.tasks import build_task
     from dgt.training.parallel import EngineConfig
 
@@ -58,7 +58,7 @@ def network(config: Config) -> nn.Module:
             built = build_task(config.task, config.model, config.data).build_model()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model: {error}") from None
-    if not isinstance(built, DGT):
+    if not any(isinstance(module, DGTBlock) for module in built.modules()):
         defaults = EngineConfig()
         for key in ("activation_checkpointing", "compile", "apex_layer_norm"):
             asked, without = getattr(config.engine, key), getattr(defaults, key)
@@ -89,9 +89,10 @@ def teacher(config: Config) -> None:
     import torch
 
     from dgt.config import ConfigError
+    from dgt.tasks import ClassificationConfig
     from dgt.tasks.distillation import Teacher
 
-    if not config.task.distillation.teacher:
+    if not isinstance(config.task, ClassificationConfig) or not config.task.distillation.teacher:
         return
     try:
         Teacher(config.task.distillation, config.data).load(torch.device("cpu"))
@@ -100,14 +101,19 @@ def teacher(config: Config) -> None:
 
 
 def gpu(config: Config) -> None:
-    """Raises ConfigError where the optimizer needs a GPU and this machine has none."""
+    """Raises ConfigError where the optimizer or a norm needs a GPU and this machine has none."""
     import torch
 
     from dgt.config import ConfigError
+    from dgt.tasks import DetectionConfig
     from dgt.training.optim import FROM_APEX
 
-    if config.optimizer.name in FROM_APEX and not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return
+    if config.optimizer.name in FROM_APEX:
         raise ConfigError(f"optimizer.name: {config.optimizer.name} needs a CUDA GPU, and this machine shows none")
+    if isinstance(config.task, DetectionConfig) and config.task.norm == "sync_batch":
+        raise ConfigError("task.norm: sync_batch needs a CUDA GPU, and this machine shows none; set it to group")
 
 
 def augmentation(config: Config) -> None:
@@ -115,6 +121,8 @@ def augmentation(config: Config) -> None:
     from data_pipeline.augment import parse_rand_augment
     from dgt.config import ConfigError
 
+    if config.task.name != "classification":  # which alone makes them
+        return
     text = config.data.augment.rand_augment
     try:
         if text:
@@ -150,6 +158,32 @@ def engine(config: Config, built: nn.Module, ranks: int) -> None:
         raise ConfigError(str(error)) from None
 
 
+def evaluation(config: Config, ranks: int) -> None:
+    """Raises ConfigError where the evaluation of a dense task cannot be computed, or not on this number of ranks."""
+    import importlib.util
+
+    from dgt.config import ConfigError
+    from dgt.tasks import DetectionConfig, SegmentationConfig
+
+    task, sharded = config.task, ranks > 1 and shards_weights(config)
+    if isinstance(task, SegmentationConfig) and task.inference.mode == "slide" and sharded:
+        raise ConfigError(
+            f"task.inference.mode: slide passes each image through the network as often as it has windows, while "
+            f"{config.engine.name} gathers its weights from {ranks} ranks, which would wait for each other; set it to "
+            "whole and evaluate with windows afterwards (launch/evaluate.py), or set engine.name to ddp"
+        )
+    if isinstance(task, DetectionConfig) and importlib.util.find_spec("pycocotools") is None:
+        raise ConfigError(
+            "task.name: detection is evaluated by pycocotools, which is not installed; install the extra dgt[dense]"
+        )
+
+
+def shards_weights(config: Config) -> bool:
+    """Whether a rank needs the others to compute with whole weights."""
+    engine = config.engine
+    return engine.name == "fsdp" or (engine.name == "deepspeed" and engine.deepspeed.stage == 3)
+
+
 def samples(config: Config) -> tuple[int, int]:
     """Number of samples of the training and the validation split. Raises DataError where one cannot be used."""
     from data_pipeline.loader import open_split
@@ -157,7 +191,7 @@ def samples(config: Config) -> tuple[int, int]:
 
     counts = []
     for split in (config.data.train_split, config.data.val_split):
-        source = open_split(config.data, split)
+        source = open_split(config.data, split, config.task.name)
         try:
             counts.append(len(source))
         finally:
@@ -169,7 +203,25 @@ def samples(config: Config) -> tuple[int, int]:
         )
     if counts[1] == 0:
         raise DataError(f"split {config.data.val_split!r} has no samples")
+    masks(config)
     return counts[0], counts[1]
+
+
+def masks(config: Config) -> None:
+    """Raises DataError where objects are to be segmented and the data has their boxes only."""
+    from data_pipeline.shards import set_index
+    from data_pipeline.shards.source import DataError
+    from data_pipeline.shards.storage import open_storage
+    from dgt.tasks import DetectionConfig
+
+    if not isinstance(config.task, DetectionConfig) or not config.task.has_masks:
+        return
+    storage = open_storage(config.data.path, config.data.cache)
+    if not set_index.load(storage).targets.get("masks", True):
+        raise DataError(
+            f"{storage.shown()} has boxes and no masks, from which a {config.task.detector} cannot learn; set "
+            "task.detector to faster_rcnn"
+        )
 
 
 def output_folder(config: Config) -> None:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # started as a file: what is imported must come from beside it, and `launch` is a package
     here = Path(__file__).resolve().parent
@@ -27,8 +27,15 @@ from launch.runs import LaunchError
 from launch.traffic import image_size
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from data_pipeline.batch import Batch
+    from data_pipeline.targets.instances import Instances
     from dgt.config import Config
 
+OBJECTS = 30
+"""In each image that detection tries: enough that regions, which take the memory, are as many as configured."""
 OUT_OF_MEMORY = 3
 """Exit status of a candidate that has met the device's limit."""
 
@@ -94,14 +101,12 @@ def train_candidate(config: Config, ranks: int, size: int) -> int:
     """
     import torch
 
-    from data_pipeline.batch import Batch
     from dgt.tasks import build_task
     from dgt.training.ema import Ema
     from dgt.training.inputs import StepInputs
     from dgt.training.parallel import build_engine
     from dgt.training.world import joined, set_threads
 
-    side = image_size(config)
     with joined() as world:
         set_threads(config.engine.threads)
         engine_config = dataclasses.replace(config.engine, name="ddp") if ranks > 1 else config.engine
@@ -109,9 +114,7 @@ def train_candidate(config: Config, ranks: int, size: int) -> int:
         task = build_task(config.task, config.model, config.data)
         engine = build_engine(task.build_model(), world, engine_config, config.optimizer)
         average = Ema(engine.weights(), config.ema) if config.ema.enabled else None
-        order = torch.arange(size)
-        images = torch.zeros(size, side, side, 3, dtype=torch.uint8)
-        batch = Batch(images, order * 0, order, order * 0, order, order >= 0, [])
+        batch = made_up_batch(config, size)
         for step in range(2):
             prepare = StepInputs(config, step, world.device, 0)
             engine.train_step(
@@ -128,6 +131,50 @@ def train_candidate(config: Config, ranks: int, size: int) -> int:
         if world.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         return resident("VmHWM") - before
+
+
+def made_up_batch(config: Config, size: int) -> Batch:
+    """`size` of the largest images that are trained on, with what they teach; dense tasks have many objects in each."""
+    import torch
+
+    from data_pipeline.batch import Batch
+
+    height, width = image_size(config)
+    order = torch.arange(size)
+    images = torch.zeros(size, height, width, 3, dtype=torch.uint8)
+    targets: list[Any] = []
+    if config.task.name == "segmentation":
+        targets = [made_up_classes(config, height, width, seed) for seed in range(size)]
+    elif config.task.name == "detection":
+        targets = [made_up_instances(config, height, width, seed) for seed in range(size)]
+    return Batch(
+        images, order * 0, order, order * 0, order, order >= 0, [],
+        sizes=[(height, width)] * len(targets), targets=targets,
+    )  # fmt: skip
+
+
+def made_up_classes(config: Config, height: int, width: int, seed: int) -> npt.NDArray[np.uint8]:
+    """A class for each pixel, drawn at random, (height, width)."""
+    import numpy as np
+
+    return np.random.default_rng(seed).integers(0, config.data.num_classes, (height, width), dtype=np.uint8)
+
+
+def made_up_instances(config: Config, height: int, width: int, seed: int) -> Instances:
+    """`OBJECTS` boxes, drawn at random, each all mask."""
+    import numpy as np
+
+    from data_pipeline.targets.instances import Instances
+
+    rng = np.random.default_rng(seed)
+    sides = np.array([width, height])
+    first = rng.integers(0, sides // 2, (OBJECTS, 2))
+    last = first + rng.integers(2, np.maximum(sides // 2, 3), (OBJECTS, 2))
+    labels = rng.integers(0, config.data.num_classes, OBJECTS)
+    masks = tuple(
+        np.ones((bottom - top, right - left), np.uint8) for left, top, right, bottom in np.hstack([first, last])
+    )
+    return Instances(np.hstack([first, last]).astype(np.float32), labels, masks)
 
 
 def resident(name: str) -> int:

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from dgt.tasks import ClassificationConfig, DetectionConfig, Inputs
+from launch.runs import LaunchError
 from launch.traffic import image_size
 
 if TYPE_CHECKING:
@@ -36,6 +39,10 @@ MOMENTS = {"sgd": 1, "lars": 1, "lion": 1, "adan": 4}
 
 ON_HOST = frozenset({"weights", "gradients", "moments", "average", "host"})
 """Kinds that lie in host memory where fsdp offloads."""
+
+
+class UnplannedError(LaunchError):
+    """The memory of a step depends on numbers, which are not there."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +87,24 @@ def checkpoint_bytes(config: Config, network: nn.Module) -> int:
     return FLOAT32 * ((1 + config.ema.enabled) * parameters(network) + moments)
 
 
+def state_bytes(config: Config, network: nn.Module) -> int:
+    """Size of weights, gradients, the optimizer's moments and the average, float32 and uncut."""
+    return checkpoint_bytes(config, network) + FLOAT32 * parameters(network, only_trained=True)
+
+
 def estimate(config: Config, network: nn.Module, ranks: int) -> Memory:
     """The estimate for one rank of `ranks`.
 
     ddp and fsdp are run; ddp's buckets, which hold all gradients all the time, and what ZeRO cuts are computed from
     the number of weights (Rajbhandari et al., arXiv 1910.02054, section 5).
+
+    Raises UnplannedError for detection.
     """
+    if isinstance(config.task, DetectionConfig):
+        raise UnplannedError(
+            "the memory of a detection step is not planned: how many regions it learns from depends on numbers; "
+            "launch/find_micro_batch.py tries it out, and benchmarks/dense_memory.py measures it"
+        )
     name = config.engine.name
     if name == "fsdp":
         return of_peak(simulate(config, ranks))
@@ -122,10 +141,10 @@ def zero(config: Config, network: nn.Module, ranks: int, apart: Memory) -> Memor
 
 def largest_block(network: nn.Module) -> int:
     """Weights of the largest part that is gathered at once."""
-    from dgt.models import DGTBlock
+    from dgt.training.parallel.blocks import units
 
-    blocks = [parameters(module) for module in network.modules() if isinstance(module, DGTBlock)]
-    return max([*blocks, parameters(network) - sum(blocks)])
+    parts = [parameters(module) for module in units(network)]
+    return max([*parts, parameters(network) - sum(parts)])
 
 
 def of_peak(peak: Counter[str]) -> Memory:
@@ -176,9 +195,9 @@ def simulate(config: Config, ranks: int, gradients_apart: bool = False) -> Count
             for parameter in (p for p in network.parameters() if p.requires_grad):
                 hook = ledger.forget_gradient if gradients_apart else ledger.note_gradient
                 parameter.register_post_accumulate_grad_hook(hook)
-            if plain.task.distillation.teacher:
+            if isinstance(plain.task, ClassificationConfig) and plain.task.distillation.teacher:
                 ledger.kind = "teacher"
-                teacher = unread_teacher(plain)
+                teacher = unread_teacher(plain.task.distillation.teacher, plain.data.num_classes)
                 task.teacher.on = lambda device: teacher
             steps(plain, task, engine, ledger, plain.steps.share(ranks))
             if average is not None:
@@ -191,15 +210,15 @@ def simulate(config: Config, ranks: int, gradients_apart: bool = False) -> Count
     return peak
 
 
-def unread_teacher(config: Config) -> nn.Module:
-    """The teacher without its checkpoint. Raises ConfigError for a name that timm does not know."""
+def unread_teacher(name: str, num_classes: int) -> nn.Module:
+    """The teacher `name` without its checkpoint. Raises ConfigError for a name that timm does not know."""
     import timm
 
     from dgt.config import ConfigError
 
     try:
         with _disable_current_modes():  # some networks compute their sizes, which takes numbers
-            network = timm.create_model(config.task.distillation.teacher, num_classes=config.data.num_classes)
+            network = timm.create_model(name, num_classes=num_classes)
     except RuntimeError as error:
         raise ConfigError(f"task.distillation.teacher: {error}") from None
     for module in network.modules():
@@ -212,16 +231,18 @@ def unread_teacher(config: Config) -> nn.Module:
 
 def steps(config: Config, task: Any, engine: Engine, ledger: Ledger, share: int) -> None:
     """One optimizer step over `share` samples; the ledger's peak is counted from its beginning."""
-    from dgt.tasks.task import Inputs
-
-    side, micro = image_size(config), min(config.steps.micro_batch_size, share)
+    (height, width), micro = image_size(config), min(config.steps.micro_batch_size, share)
     ledger.kind = "inputs"
-    pixels = torch.zeros(share, side, side, 3, dtype=torch.uint8)
+    pixels = torch.zeros(share, height, width, 3, dtype=torch.uint8)
     ledger.kind = "activations"
 
     def loss_of(model: nn.Module, part: slice) -> Tensor:
         images = pixels[part].float().permute(0, 3, 1, 2)  # normalised in place
         labels = torch.zeros(len(images), dtype=torch.int64)
+        if task.kind == "segmentation":
+            mask = np.zeros((height, width), np.uint8)
+            sizes, masks = [(height, width)] * len(images), [mask] * len(images)
+            return task.loss(model, Inputs(images, labels, labels, sizes=sizes, targets=masks))
         if not config.mixing.enabled:
             return task.loss(model, Inputs(images, labels, labels))
         mixed = images + images  # images and their partners make images of the same size

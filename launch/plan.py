@@ -46,9 +46,8 @@ class Plan:
 
     @property
     def macs(self) -> int | None:
-        """Multiply-accumulates of one image's forward pass; None where the network does not say."""
-        side = traffic.image_size(self.config)
-        return self.network.macs(side, side) if hasattr(self.network, "macs") else None  # type: ignore[operator]
+        """As the function of this name."""
+        return macs(self.config, self.network)
 
     @property
     def sent(self) -> traffic.Volume:
@@ -66,6 +65,13 @@ def parameters(network: nn.Module, only_trained: bool = False) -> int:
     from launch import memory
 
     return memory.parameters(network, only_trained)
+
+
+def macs(config: Config, network: nn.Module) -> int | None:
+    """Multiply-accumulates of one of the largest images; None where the network does not say."""
+    from dgt.tasks import build_task
+
+    return build_task(config.task, config.model, config.data).macs(network, *traffic.image_size(config))
 
 
 def describe(plan: Plan, samples: int | None, job: str, warnings: Sequence[str]) -> str:
@@ -125,21 +131,24 @@ def processes(config: Config, layout: Layout) -> list[tuple[str, str]]:
 
 def size(config: Config, network: nn.Module) -> list[tuple[str, str]]:
     """Parameters and arithmetic."""
-    side = traffic.image_size(config)
+    height, width = traffic.image_size(config)
     count, trained = parameters(network), parameters(network, only_trained=True)
     frozen = f", {count - trained:,} of them frozen" if trained < count else ""
     rows = [("model", config.model.name), ("parameters", f"{count:,}{frozen}")]
-    if hasattr(network, "macs"):
-        macs = network.macs(side, side)  # type: ignore[operator]
-        rows.append((f"GMACs at {side} x {side}", f"{macs / 1e9:.3g}"))
+    if counted := macs(config, network):
+        rows.append((f"GMACs at {height} x {width}", f"{counted / 1e9:.3g}"))
     return rows
 
 
 def memory(config: Config, layout: Layout, network: nn.Module) -> list[tuple[str, str]]:
     """The estimate, part by part."""
-    from launch.memory import estimate
+    from launch.memory import UnplannedError, estimate, state_bytes
 
-    found = estimate(config, network, layout.ranks)
+    try:
+        found = estimate(config, network, layout.ranks)
+    except UnplannedError as error:
+        state = f"{gigabytes(state_bytes(config, network))}, of all ranks together where the engine cuts it"
+        return [("weights, gradients, moments, EMA", state), ("the rest", str(error))]
     rows = [
         ("weights", found.weights),
         ("gradients", found.gradients),
@@ -195,18 +204,22 @@ def unknown(plan: Plan) -> list[str]:
 def length(config: Config, samples: int | None) -> list[tuple[str, str]]:
     """Epochs and steps."""
     steps = config.steps
-    rows = [("epochs", f"{steps.epochs}")]
     if samples is None:
         limit = f" (at most {steps.max_steps:,}, by steps.max_steps)" if steps.max_steps else ""
-        return [*rows, ("training samples", "unknown, the data is not here"), ("steps", f"unknown{limit}")]
+        known = min(steps.total_steps, steps.max_steps or steps.total_steps)
+        return [
+            ("epochs", UNKNOWN if steps.total_steps else f"{steps.epochs}"),
+            ("training samples", f"{UNKNOWN}, the data is not here"),
+            ("steps", f"{known:,}" if known else f"{UNKNOWN}{limit}"),
+        ]
     per_epoch = samples // steps.global_batch_size
-    total = steps.epochs * per_epoch
-    rows += [
+    total = steps.scheduled(per_epoch)
+    return [
+        ("epochs", f"{total / max(per_epoch, 1):.1f}" if steps.total_steps else f"{steps.epochs}"),
         ("training samples", f"{samples:,}"),
         ("steps per epoch", f"{per_epoch:,}"),
         ("steps", f"{min(total, steps.max_steps or total):,}"),
     ]
-    return rows
 
 
 def checkpoints(config: Config, network: nn.Module) -> list[tuple[str, str]]:
@@ -227,7 +240,6 @@ def checkpoints(config: Config, network: nn.Module) -> list[tuple[str, str]]:
 
 def modes(plan: Plan) -> str:
     """Memory of a rank for every engine, precision and kind of recomputation, as a table."""
-
     from dgt.training.optim import NEEDS_WHOLE_TENSORS
     from launch import memory
 
@@ -239,7 +251,10 @@ def modes(plan: Plan) -> str:
     for precision, kind, name in itertools.product(("fp32", "bf16"), kinds, names):
         changes: dict[str, Any] = {"name": name, "precision": precision, "activation_checkpointing": kind}
         engine = replace(config.engine, **changes)
-        one = memory.estimate(replace(config, engine=engine), network, ranks)
+        try:
+            one = memory.estimate(replace(config, engine=engine), network, ranks)
+        except memory.UnplannedError as error:
+            return str(error)
         found.append((name, engine, one))
         for stage in stages if name == "ddp" else ():  # what operations make is the same there
             cut: dict[str, Any] = {"stage": stage}

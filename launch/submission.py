@@ -54,6 +54,7 @@ def check(request: Request) -> Checked:
     network = checks.network(config)
     checks.batches(config, where.ranks)
     checks.engine(config, network, where.ranks)
+    checks.evaluation(config, where.ranks)
     checks.beginning(config)
     checks.augmentation(config)
     limits.no_secrets(config)

@@ -70,9 +70,15 @@ def zero_volume(config: Config, gradients: int, weights: int, micro_batches: int
     return ((1 if to_one_rank else 2) * reductions + 1) * gradients
 
 
-def image_size(config: Config) -> int:
+def image_size(config: Config) -> tuple[int, int]:
     """Height and width of the largest images that are trained on, in pixels."""
-    return max(config.data.train_image_size(epoch) for epoch in range(config.steps.epochs))
+    from dgt.tasks import build_task
+
+    task = build_task(config.task, config.model, config.data)
+    changes = [first for first, _ in config.data.image_size_schedule]
+    # How many epochs a number of steps makes depends on the data, which need not be here.
+    epochs = [epoch for epoch in changes if config.steps.total_steps or epoch < config.steps.epochs]
+    return max((task.train_size(epoch) for epoch in epochs or [0]), key=math.prod)
 
 
 def is_cached(config: Config) -> bool:

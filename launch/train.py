@@ -92,6 +92,7 @@ def run(options: argparse.Namespace, early: Noted, rank: int) -> Outcome:
     checks.batches(config, world_size)
     checks.engine(config, network, world_size)
     checks.gpu(config)
+    checks.evaluation(config, world_size)
     checks.teacher(config)  # the weights to start from are verified once, where they are read
     checks.augmentation(config)
     with contextlib.closing(Announcement()) as announcement:

@@ -9,7 +9,6 @@ from typing import Any
 import timm
 from torch import nn
 
-
 ATTENTION = ("num_groups", "top_k", "num_iters", "group_growth", "key_growth")
 """Options of DG-Attention, which no other network has."""
 

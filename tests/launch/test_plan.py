@@ -197,8 +197,9 @@ def test_shards_on_a_nodes_own_disk_bound_no_step(config: Path) -> None:
 
 def test_images_are_the_largest_that_are_trained_on(config: Path) -> None:
     rising = ["data.image_size=96", "data.image_size_schedule=[[0, 32], [1, 48], [2, 64]]"]
-    assert traffic.image_size(load(config, ["data.image_size=96"])) == 96
-    assert traffic.image_size(load(config, rising)) == 48, "the run has two epochs"
+    assert traffic.image_size(load(config, ["data.image_size=96"])) == (96, 96)
+    assert traffic.image_size(load(config, rising)) == (48, 48), "the run has two epochs"
+    assert traffic.image_size(load(config, [*rising, "steps.total_steps=9"])) == (64, 64), "nobody knows how many"
     assert planned(config, 1, 1, rising).macs == planned(config, 1, 1, ["data.image_size=48"]).macs
 
 

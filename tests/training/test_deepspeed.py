@@ -16,6 +16,7 @@ from ranks import run_ranks
 from recipes import Recipe, always, assembled, config_of, losses
 from small import small_config
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from dgt.config import ConfigError, to_yaml
 from dgt.models import ModelConfig
@@ -266,6 +267,8 @@ def test_running_statistics_are_refused_on_more_than_one_rank_and_named() -> Non
     check_network(network, 1)
     check_network(Odd(), 2)  # has a buffer that training does not change
     check_network(nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False)), 2)
+    # Statistics that are fixed, or the same on all ranks, are no rank's own.
+    check_network(nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4), nn.SyncBatchNorm(4)), 2)
 
 
 def test_a_network_with_running_statistics_trains_on_one_rank_and_is_refused_before_anything_starts_on_two(

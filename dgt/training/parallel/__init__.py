@@ -58,14 +58,24 @@ def check_network(network: nn.Module, ranks: int) -> None:
     """Raises ValueError where nothing in the network learns, or it keeps running statistics on more than one rank."""
     if not any(p.requires_grad for p in network.parameters()):
         raise ValueError("model.freeze: nothing is left to train")
-    kept = [n for n, _ in network.named_buffers() if n.rpartition(".")[2] in ("running_mean", "running_var")]
+    kept = [name for name, module in network.named_modules() if keeps_own_statistics(module)]
     if kept and ranks > 1:
-        module = kept[0].rpartition(".")[0]
+        module = kept[0]
         raise ValueError(
             f"model.name: the module {module!r} ({type(network.get_submodule(module)).__name__}) keeps running "
             f"statistics, and each of {ranks} ranks would keep others, of its own samples; train on one rank, or "
             "choose a network that normalises each sample by itself (layer or group norm), such as a dgt_* model"
         )
+
+
+def keeps_own_statistics(module: nn.Module) -> bool:
+    """Whether training changes what the module normalises by, on each rank as its own samples are."""
+    from timm.layers import FrozenBatchNormAct2d
+    from torchvision.ops import FrozenBatchNorm2d
+
+    if isinstance(module, nn.SyncBatchNorm | FrozenBatchNormAct2d | FrozenBatchNorm2d):
+        return False
+    return any(name in ("running_mean", "running_var") for name, _ in module.named_buffers(recurse=False))
 
 
 def build_engine(network: nn.Module, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> Engine:

@@ -7,12 +7,18 @@ from typing import Any
 import torch._dynamo
 from torch import nn
 
-from dgt.models import DGTBlock
+from dgt.models import DenseNetwork, DGTBlock
 
 GRAPHS = 64
 """Graphs that the blocks together may compile. All of them run the same code, and each kind of block has its own graph
 (4 stages, with and without drop path and recomputation, training and evaluation, some sizes); torch's own limit of 8
 would leave the rest uncompiled."""
+
+
+def units(network: nn.Module) -> list[nn.Module]:
+    """The modules that sharding engines gather one at a time: the blocks, and the heads of a dense network."""
+    found: list[nn.Module] = [module for module in network.modules() if isinstance(module, DGTBlock)]
+    return found + (list(network.heads()) if isinstance(network, DenseNetwork) else [])
 
 
 def compile_blocks(network: nn.Module, **options: Any) -> None:

@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from dgt.models import DGTBlock
 from dgt.training.optim import OptimizerConfig
+from dgt.training.parallel.blocks import units
 from dgt.training.parallel.config import EngineConfig
 from dgt.training.parallel.engine import Engine
 from dgt.training.parallel.precision import HALF
@@ -20,7 +20,7 @@ from dgt.training.world import World
 
 
 class FsdpEngine(Engine):
-    """FSDP2's `fully_shard` around every DG-Attention block and around the rest."""
+    """FSDP2's `fully_shard` around every DG-Attention block, every head of a dense network, and around the rest."""
 
     def __init__(self, network: nn.Module, world: World, config: EngineConfig, optimizer: OptimizerConfig):
         options = config.fsdp
@@ -33,8 +33,8 @@ class FsdpEngine(Engine):
             offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
         network.to(world.device)
         shared: dict[str, Any] = {"mesh": mesh_of(world, options.shard_size), "offload_policy": offload}
-        for block in [module for module in network.modules() if isinstance(module, DGTBlock)]:
-            fully_shard(block, mp_policy=inner, reshard_after_forward=options.reshard_after_forward, **shared)
+        for unit in units(network):
+            fully_shard(unit, mp_policy=inner, reshard_after_forward=options.reshard_after_forward, **shared)
         # The root's own weights are needed first in the backward pass that follows.
         fully_shard(network, mp_policy=outer, reshard_after_forward=False, **shared)
         super().__init__(network, world, config, optimizer)
