@@ -20,7 +20,8 @@ HELP = "semantic segmentation: folders of images and of masks (CamVid, Cityscape
 
 _EXAMPLES = """\
 examples:
-  python -m data_pipeline.prepare segmentation --src camvid --out shards --class-names names.txt --ignore 11
+  python -m data_pipeline.prepare segmentation --src camvid --out shards --ignore 11 --class-names \
+      Sky,Building,Pole,Road,Pavement,Tree,SignSymbol,Fence,Car,Pedestrian,Bicyclist
       camvid/images/{train,val}/NAME.jpg and camvid/annotations/{train,val}/NAME.png
   python -m data_pipeline.prepare segmentation --src cityscapes --out shards --class-names names.txt --ignore 255 \\
       --images leftImg8bit/{split} --masks gtFine/{split} --image-suffix _leftImg8bit.png \\
@@ -68,7 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mask-suffix", default=".png", metavar="TEXT", help="what ends the mask's name instead; default .png"
     )
     parser.add_argument(
-        "--class-names", type=Path, required=True, metavar="FILE", help="names of the classes, one in each line"
+        "--class-names",
+        required=True,
+        metavar="NAMES",
+        help="names of the classes: a file with one in each line, or all of them with commas between",
     )
     parser.add_argument(
         "--first-label", type=int, default=0, metavar="VALUE", help="value of the first class in the masks; default 0"
@@ -80,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def list_source(arguments: argparse.Namespace) -> Listing:
     """The folders that the arguments name."""
-    classes = read_class_names(arguments.class_names)
+    classes = class_names(arguments.class_names)
     try:
         labels = MaskLabels(len(classes), arguments.first_label, tuple(sorted(set(arguments.ignore))))
     except ValueError as error:
@@ -95,6 +99,16 @@ def list_source(arguments: argparse.Namespace) -> Listing:
         name: str(getattr(arguments, name)) for name in ("images", "masks", "image_suffix", "mask_suffix", "splits")
     }
     return list_mask_folders(NAME, arguments.src, layout, classes, labels, options)
+
+
+def class_names(text: str) -> tuple[str, ...]:
+    """The names in a text file, or those between commas where there is no such file; raises DataError."""
+    if "," not in text or Path(text).exists():
+        return read_class_names(Path(text))
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise DataError(f"--class-names {text}: there is nothing between two of the commas, or at an end.")
+    return names
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:

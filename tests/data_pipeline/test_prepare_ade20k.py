@@ -216,3 +216,14 @@ def test_ignored_values_and_names_that_make_no_sense_are_refused(
     assert "should hold the name of a class in each line; one is empty" in capsys.readouterr().err
     assert main([*start, "--class-names", str(street / "nowhere.txt")]) == 1
     assert "nowhere.txt cannot be read" in capsys.readouterr().err
+
+
+def test_class_names_may_be_typed_with_commas_between(
+    street: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["segmentation", "--src", str(street), "--out", str(tmp_path / "out"), *LAYOUT, "--jobs", "1"]
+    start += ["--mask-suffix", "_labelTrainIds.png"]
+    assert main([*start, "--class-names", "road,,sidewalk"]) == 1
+    assert "--class-names road,,sidewalk: there is nothing between two of the commas" in capsys.readouterr().err
+    assert main([*start, "--class-names", "road, side walk"]) == 0
+    assert set_index.load(tmp_path / "out").classes == ("road", "side walk")
