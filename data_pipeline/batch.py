@@ -7,17 +7,17 @@ import functools
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from data_pipeline.augment import SampleDraws
 from data_pipeline.changes import UNCHANGED, Changes
 from data_pipeline.config import Decoding
-from data_pipeline.decode import LARGE_PIXELS, DecodeError, Scratch, open_image
-from data_pipeline.shards.source import DamagedSampleError, DataError, Source
+from data_pipeline.decode import LARGE_PIXELS, DecodeError, Picture, Scratch, open_image
+from data_pipeline.shards.source import DamagedSampleError, DataError, RawSample, Source
+from data_pipeline.targets.fault import TargetError
 from data_pipeline.transforms import Transform
 
 _MAX_SUBSTITUTES = 8  # damaged samples in a row before something larger than a sample must be wrong
@@ -61,6 +61,9 @@ class Batch:
     targets.masks.IGNORED where a pixel teaches nothing; (H, W) in training, as large as the stored image in evaluation.
     Detection: targets.instances.Instances in training, targets.objects.ImageObjects, as stored, in evaluation"""
 
+    short_side: int = 0
+    """Of detection in training: the short side of this batch's images, where the long side is not too long for it"""
+
 
 @dataclass
 class Report:
@@ -68,6 +71,38 @@ class Report:
 
     decode_seconds: float = 0.0
     damaged: list[tuple[int, DamagedSampleError]] = field(default_factory=list)
+
+
+class Placing(Protocol):
+    """How the samples of one kind of task are written into a batch; safe to use in any thread."""
+
+    def put(self, batch: Batch, slot: int, picture: Picture, sample: RawSample, rng: np.random.Generator) -> None:
+        """Write one sample into its place; `rng`: the place's own draws.
+
+        Raises DecodeError, TargetError, and what Picture.region raises; the place's content is undefined then.
+        """
+        ...
+
+    def clear(self, batch: Batch, slot: int) -> None:
+        """Write nothing into a place that does not count."""
+        ...
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Classification: an image of the batch's size and a class."""
+
+    transform: Transform
+
+    def put(self, batch: Batch, slot: int, picture: Picture, sample: RawSample, rng: np.random.Generator) -> None:
+        changes = self.transform(picture, rng, batch.images[slot].numpy())
+        batch.labels[slot] = sample.label
+        if batch.changes:
+            batch.changes[slot] = changes or UNCHANGED
+
+    def clear(self, batch: Batch, slot: int) -> None:
+        batch.images[slot].zero_()
+        batch.labels[slot] = 0
 
 
 class _Tools(threading.local):
@@ -81,10 +116,11 @@ class _Tools(threading.local):
 
 @dataclass(frozen=True)
 class EpochReader:
-    """Writes samples of one epoch into batches. What it writes depends on the sample ids and on nothing else."""
+    """Writes samples of one epoch into batches. What it writes depends on the sample ids, of detection on the
+    batch's canvas and short side, and on nothing else."""
 
     source: Source
-    transform: Transform
+    placing: Placing
     seed: int
     epoch: int
     substitute: bool
@@ -106,18 +142,13 @@ class EpochReader:
         """Write the given places of `batch`; runs in any thread."""
         started = time.perf_counter()
         report = Report()
-        images, labels, valid = batch.images.numpy(), batch.labels.numpy(), batch.valid.numpy()
-        thread = self._tools.name
+        valid, thread = batch.valid.numpy(), self._tools.name
         ids, copies = batch.ids[slots.start : slots.stop].tolist(), batch.copies[slots.start : slots.stop].tolist()
         for slot, sample_id, copy in zip(slots, ids, copies, strict=True):
             self.at_work[thread] = sample_id
-            written = self._write(sample_id, copy, images[slot], report) if valid[slot] else None
-            if written is None:
-                images[slot], labels[slot], valid[slot] = 0, 0, False
-            else:
-                labels[slot], changes = written
-                if batch.changes:
-                    batch.changes[slot] = changes or UNCHANGED
+            if not (valid[slot] and self._write(sample_id, copy, batch, slot, report)):
+                self.placing.clear(batch, slot)
+                valid[slot] = False
         self.at_work.pop(thread, None)
         report.decode_seconds = time.perf_counter() - started
         return report
@@ -132,27 +163,23 @@ class EpochReader:
         ]
         return "; ".join(places) or "no thread has a sample in hand"
 
-    def _write(
-        self, sample_id: int, copy: int, out: npt.NDArray[np.uint8], report: Report
-    ) -> tuple[int, Changes | None] | None:
-        """Write one image and return its label and what is still to be done to it; None if it is damaged and nothing
-        may stand in for it."""
+    def _write(self, sample_id: int, copy: int, batch: Batch, slot: int, report: Report) -> bool:
+        """Write one sample into its place; False if it is damaged and nothing may stand in for it."""
         for attempt in range(1 + _MAX_SUBSTITUTES):
             candidate = (sample_id + attempt) % len(self.source)
             try:
-                return self._prepare(candidate, self._tools.draws.of(sample_id, copy), out)
+                self._put(candidate, self._tools.draws.of(sample_id, copy), batch, slot)
+                return True
             except DamagedSampleError as error:
                 report.damaged.append((candidate, error))
             if not self.substitute:
-                return None
+                return False
         raise DataError(
             f"{1 + _MAX_SUBSTITUTES} samples in a row are damaged, from sample {sample_id} on; the last: "
             f"{report.damaged[-1][1]}. Check the shards with `python -m data_pipeline.verify`"
         )
 
-    def _prepare(
-        self, sample_id: int, rng: np.random.Generator, out: npt.NDArray[np.uint8]
-    ) -> tuple[int, Changes | None]:
+    def _put(self, sample_id: int, rng: np.random.Generator, batch: Batch, slot: int) -> None:
         where = f"sample {sample_id}"
         try:
             sample = self.source.read(sample_id)
@@ -160,10 +187,9 @@ class EpochReader:
             try:
                 picture = open_image(sample.image, self.decoding, verified=sample.verified, scratch=self._tools.scratch)
                 with self.large if picture.stored_pixels > LARGE_PIXELS else contextlib.nullcontext():
-                    changes = self.transform(picture, rng, out)
-            except DecodeError as error:
+                    self.placing.put(batch, slot, picture, sample, rng)
+            except (DecodeError, TargetError) as error:
                 raise DamagedSampleError(sample.shard, sample.key, str(error)) from error
-            return sample.label, changes
         except (DamagedSampleError, DataError):
             raise
         except Exception as error:

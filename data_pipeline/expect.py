@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from data_pipeline.order import Batching, EpochOrder
+from data_pipeline.order import Batching, Ordering
 from data_pipeline.shards.source import Source
 
 
@@ -15,7 +15,7 @@ class Expectation:
     an epoch's end the shards that the next epoch begins with are told, too. Sources that do not ask are told nothing.
     """
 
-    def __init__(self, source: Source, batching: Batching, order: EpochOrder, following: Callable[[], EpochOrder]):
+    def __init__(self, source: Source, batching: Batching, order: Ordering, following: Callable[[], Ordering]):
         """`following`: makes the order of the next epoch, when it is needed."""
         self._expect = getattr(source, "expect", None)
         self._batching, self._order, self._following = batching, order, following
@@ -40,5 +40,5 @@ class Expectation:
             self._expect(wanted)
 
 
-def _shards_of(order: EpochOrder, groups: list[tuple[int, int]]) -> list[int]:
+def _shards_of(order: Ordering, groups: list[tuple[int, int]]) -> list[int]:
     return [shard for stream, group in groups for shard in order.group_shards(stream, group)]

@@ -65,6 +65,8 @@ def draw_samples(config: DataConfig, sheet: Sheet) -> Image.Image:
 
     Raises DataError where the data cannot be used, ValueError for settings that do not fit together.
     """
+    import torch
+
     from data_pipeline.device_changes import apply_changes
     from data_pipeline.loader import build_loader, open_split
 
@@ -79,6 +81,7 @@ def draw_samples(config: DataConfig, sheet: Sheet) -> Image.Image:
         loader.set_epoch(sheet.epoch)
         batch = next(iter(loader))
         names = loader.source.class_names
+    assert isinstance(batch.images, torch.Tensor)  # lists are for evaluations of dense tasks
     images = apply_changes(batch.images, batch.changes, config) if batch.changes else batch.images
     shown = zip(images.numpy(), batch.labels.tolist(), batch.valid.tolist(), strict=True)
     cells = [Cell(image, ((names[label] if valid else "damaged", None),)) for image, label, valid in shown]

@@ -14,26 +14,30 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from data_pipeline.batch import Batch, EpochReader, Report
+from data_pipeline.batch import Batch, EpochReader, LabelledImages, Placing, Report
 from data_pipeline.buffers import Buffers
 from data_pipeline.changes import UNCHANGED, recipe_of
 from data_pipeline.config import DataConfig, Kind
 from data_pipeline.expect import Expectation
-from data_pipeline.order import Batching, EpochOrder, Mode
+from data_pipeline.order import Batching, EpochOrder, Mode, Ordering
 from data_pipeline.quarantine import Quarantine
 from data_pipeline.shards.source import DataError, Source
 from data_pipeline.transforms import eval_transform, train_transform
 from data_pipeline.workers import Pending, StalledError, Workers, available_cores
 
+if TYPE_CHECKING:
+    from data_pipeline.aspect_order import Aspects
+
 STATE_VERSION = 1
 # Samples a thread takes at a time: enough to hide the cost of a task, few enough to share a batch evenly.
 _MAX_TASK = 16
+_NO_IMAGE = torch.empty((0, 0, 3), dtype=torch.uint8)
 
 
 class Loader:
@@ -59,17 +63,22 @@ class Loader:
         *,
         train: bool,
         seed: int,
+        kind: Kind = "classification",
         quarantine: Path | None = None,
     ) -> None:
         """`quarantine`: a file that damaged samples are appended to (data_pipeline.quarantine).
 
-        Raises DataError if an epoch has no batch, ValueError for a RandAugment string that is not understood.
+        Raises DataError if an epoch has no batch, ValueError for a RandAugment string that is not understood and for
+        settings that do not go with `kind`.
         """
         self._source, self._config, self._batching, self._seed = source, config, batching, seed
         self._train = train
         self._mode: Mode = config.order if train else "sequential"
-        self._transform = train_transform(config) if train else eval_transform(config)
-        self._changes_on_device = train and config.augment.place == "device" and recipe_of(config) is not None
+        self._kind = kind
+        self._placing = _placing(config, source, kind, train)
+        self._aspects = _aspects(config, source) if train and kind == "detection" else None
+        labelled = train and kind == "classification"
+        self._changes_on_device = labelled and config.augment.place == "device" and recipe_of(config) is not None
         self._num_threads = _resolve_threads(config.num_threads)
         self._epoch, self._consumed = 0, 0
         self._running: weakref.ref[Generator[Batch, None, None]] | None = None
@@ -187,6 +196,8 @@ class Loader:
     def _order_name(self) -> str:
         """What the order depends on beside seed and epoch; the streams and repeats only where there are several."""
         config, repeats = self._config, self._repeats
+        if self._aspects is not None:
+            return self._aspects.order_name(self._batching.global_batch_size)
         name = f"block/{config.block_shards}" if self._mode == "block" else self._mode
         name += f"/{self._batching.streams}" if self._batching.streams > 1 else ""
         return name + (f" repeats {repeats}" if repeats > 1 else "")
@@ -195,7 +206,9 @@ class Loader:
     def _repeats(self) -> int:
         return self._config.augment.repeats if self._train else 1
 
-    def _order(self, epoch: int) -> EpochOrder:
+    def _order(self, epoch: int) -> Ordering:
+        if self._aspects is not None:
+            return self._aspects.order(self._batching.global_batch_size, self._seed, epoch)
         return EpochOrder(
             self._mode,
             _shard_sizes(self._source, self._mode),
@@ -224,7 +237,7 @@ class Loader:
         order = self._order(self._epoch)
         reader = EpochReader(
             self._source,
-            self._transform,
+            self._placing,
             self._seed,
             self._epoch,
             substitute=self._train,
@@ -247,18 +260,35 @@ class Loader:
                 yield self._hand_over(reader, *making.popleft())
         self._epoch, self._consumed = self._epoch + 1, 0
 
-    def _empty_batch(self, order: EpochOrder, start: int, buffers: Buffers) -> Batch:
+    def _empty_batch(self, order: Ordering, start: int, buffers: Buffers) -> Batch:
         places = self._batching.rank_places(order, start)
-        size = self._config.train_image_size(self._epoch) if self._train else self._config.image_size
+        count, (height, width), short_side = len(places.ids), *self._canvas(order, start)
+        dense = self._kind != "classification"
         return Batch(
-            images=buffers.take((len(places.ids), size, size, 3)),
-            labels=torch.zeros(len(places.ids), dtype=torch.int64, pin_memory=torch.cuda.is_available()),
+            images=buffers.take((count, height, width, 3)) if height else [_NO_IMAGE] * count,
+            labels=torch.zeros(count, dtype=torch.int64, pin_memory=torch.cuda.is_available()),
             ids=torch.from_numpy(places.ids),
             copies=torch.from_numpy(places.copies),
             positions=torch.from_numpy(self._batching.positions),
             valid=torch.from_numpy(places.valid),
-            changes=[UNCHANGED] * (len(places.ids) if self._changes_on_device else 0),
+            changes=[UNCHANGED] * (count if self._changes_on_device else 0),
+            sizes=[(height, width)] * (count if dense else 0),
+            targets=[None] * (count if dense else 0),
+            short_side=short_side,
         )
+
+    def _canvas(self, order: Ordering, start: int) -> tuple[tuple[int, int], int]:
+        """(height, width) of the images of the global batch that begins at `start`, (0, 0) where each has its own; and
+        their short side, 0 where that is not told."""
+        if self._kind == "classification":
+            side = self._config.train_image_size(self._epoch) if self._train else self._config.image_size
+        elif self._aspects is not None:
+            batch = np.arange(start, start + self._batching.global_batch_size) % len(order)
+            short_side = self._aspects.short_side(self._seed, self._epoch, start)
+            return self._aspects.canvas(order.at(batch)[0], short_side), short_side
+        else:
+            side = self._config.segmentation.crop_size if self._train else 0
+        return (side, side), 0
 
     def _start(self, workers: Workers, reader: EpochReader, batch: Batch) -> Pending[Report]:
         """Begin to fill a batch."""
@@ -302,14 +332,16 @@ def build_loader(
 ) -> Loader:
     """Open a split and serve it to one rank.
 
-    Training: shuffled, augmented, an incomplete last batch is dropped. Evaluation: in order, central crop, the last
-    batch padded with places marked invalid, so that every sample is seen once and all ranks have as many batches.
+    Training: shuffled, augmented, an incomplete last batch is dropped. Evaluation: in order, central crop (of dense
+    tasks: whole images at their own sizes), the last batch padded with places marked invalid, so that every sample is
+    seen once and all ranks have as many batches.
     Damaged samples are appended to the file `quarantine`. Raises DataError where the data cannot be used, ValueError
     for settings that do not fit together.
     """
     streams = config.canonical_nodes if train and config.order == "block" else 1
     batching = Batching(global_batch_size, rank, world_size, "drop" if train else "mask", streams)
-    return Loader(open_split(config, split, kind), config, batching, train=train, seed=seed, quarantine=quarantine)
+    source = open_split(config, split, kind)
+    return Loader(source, config, batching, train=train, seed=seed, kind=kind, quarantine=quarantine)
 
 
 def open_split(config: DataConfig, split: str, kind: Kind = "classification") -> Source:
@@ -317,6 +349,10 @@ def open_split(config: DataConfig, split: str, kind: Kind = "classification") ->
 
     Raises DataError where the data cannot be used, or teaches something else.
     """
+    if kind != "classification" and config.backend != "webdataset":
+        raise DataError(
+            f"data.backend '{config.backend}' has images with classes and nothing for {kind}: use webdataset"
+        )
     if config.backend == "synthetic":
         from data_pipeline.synthetic import SyntheticSource
 
@@ -328,6 +364,22 @@ def open_split(config: DataConfig, split: str, kind: Kind = "classification") ->
     from data_pipeline.shards import open_source
 
     return open_source(config, split, kind)
+
+
+def _placing(config: DataConfig, source: Source, kind: Kind, train: bool) -> Placing:
+    """How samples are written into batches. Raises ValueError, DataError where the set does not say what its targets
+    mean."""
+    if kind == "classification":
+        return LabelledImages(train_transform(config) if train else eval_transform(config))
+    from data_pipeline.dense_targets import dense_placing
+
+    return dense_placing(config, source, kind, train=train)
+
+
+def _aspects(config: DataConfig, source: Source) -> Aspects:
+    from data_pipeline.aspect_order import aspects_of
+
+    return aspects_of(config, source)
 
 
 def _shard_sizes(source: Source, mode: Mode) -> npt.NDArray[np.int64]:

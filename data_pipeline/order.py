@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ Tail = Literal["drop", "wrap", "mask"]
 Ids = npt.NDArray[np.int64]
 
 # Every use of (seed, epoch) has its own stream, so that no two of them ever see the same numbers.
-STREAM_SAMPLES, STREAM_SHARDS, STREAM_AUGMENT = range(3)
+STREAM_SAMPLES, STREAM_SHARDS, STREAM_AUGMENT, STREAM_BATCHES, STREAM_SHORT_SIDES = range(5)
 
 # Repeated augmentation: so many different samples stand before the first of them stands again. Even, so that a pair of
 # neighbours is never one sample twice; small beside a batch, so that a step sees the copies together.
@@ -58,6 +58,18 @@ def keyed_permutation(size: int, seed: int, epoch: int, *stream: int) -> Ids:
     words.sort()
     words &= index_bits
     return words.view(np.int64)
+
+
+class Ordering(Protocol):
+    """Position -> sample id for one epoch, as the loader asks for it; what each says is told at EpochOrder."""
+
+    def __len__(self) -> int: ...
+
+    def at(self, positions: Ids) -> tuple[Ids, Ids]: ...
+
+    def groups(self, positions: Ids) -> list[tuple[int, int]]: ...
+
+    def group_shards(self, stream: int, group: int) -> list[int]: ...
 
 
 class EpochOrder:
@@ -288,7 +300,7 @@ class Batching:
             return remaining // self.global_batch_size
         return -(-remaining // self.global_batch_size)
 
-    def rank_places(self, order: EpochOrder, start: int) -> Places:
+    def rank_places(self, order: Ordering, start: int) -> Places:
         """What this rank serves, (rank_batch_size,), in the batch that begins at position `start`.
 
         Under "wrap" positions go on from the start of the order; under "mask" they are marked invalid, with id -1.

@@ -9,22 +9,20 @@ import resource
 import threading
 import time
 import weakref
-import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.config import DataConfig
-from data_pipeline.restart_rows import RestartRows, Span
+from data_pipeline.restart_rows import RestartRows
 from data_pipeline.shards import set_index, shard_index
-from data_pipeline.shards.cache import Held
 from data_pipeline.shards.forking import renew_after_fork
+from data_pipeline.shards.open_shard import OpenShard, Stored
 from data_pipeline.shards.set_index import SplitIndex
-from data_pipeline.shards.shard_index import Record
 from data_pipeline.shards.source import DamagedSampleError, DataError, RawSample
 from data_pipeline.shards.storage import LocalFolder, SetFile, Storage, open_storage
 from data_pipeline.shards.working_set import check_budget, shards_at_once
@@ -131,9 +129,9 @@ class TarSource:
         self._most_open, self._fetch_all = most_open, fetch_all
         self._shards = index.splits[split]
         self._first = np.concatenate(([0], np.cumsum(self._shards.samples)))
-        self._classes = index.classes
+        self._classes, self._meaning = index.classes, index.targets
         self._fingerprint = index.fingerprint(split)
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
         self._last_read = 0.0
@@ -147,6 +145,11 @@ class TarSource:
     @property
     def class_names(self) -> tuple[str, ...]:
         return self._classes
+
+    @property
+    def meaning(self) -> Mapping[str, Any]:
+        """What index.json says of the targets of a dense task (data_pipeline.targets); empty where there are none."""
+        return self._meaning
 
     @property
     def fingerprint(self) -> str:
@@ -178,7 +181,7 @@ class TarSource:
             raise DamagedSampleError(name, f"number {row}", str(error)) from error
         except OSError as error:
             raise DataError(f"shard {shard.where} cannot be read: {error}") from error
-        stored = _Stored(shard, name, record)
+        stored = Stored(shard, name, record)
         image: bytes | RestartRows
         if record.row_offsets:
             image = RestartRows(record.row_offsets, stored.pieces)
@@ -188,6 +191,25 @@ class TarSource:
         if record.target_size:
             target = stored.proved(record.target_offset, record.target_size, record.target_crc32, "target")
         return RawSample(record.key, image, record.label, name, target, verified=True)
+
+    def sizes(self) -> npt.NDArray[np.int32]:
+        """(height, width) of every upright image, (samples, 2), read from the shards' indexes, one read for each.
+
+        Raises DataError for a shard whose index is damaged or was replaced.
+        """
+        return np.concatenate([self._sizes_of(number) for number in range(len(self._shards))])
+
+    def _sizes_of(self, number: int) -> npt.NDArray[np.int32]:
+        index = self._files(number)[1]
+        where = self._storage.shown(index.name)
+        with contextlib.closing(self._storage.hold(index, self._let_go)) as held:
+            found = shard_index.load(Path(held.path))
+        if found.header.tar_sha256.hex() != self._shards.sha256[number]:
+            raise DataError(f"{where} belongs to another shard: prepare or copy the data set anew.")
+        sizes = shard_index.upright_sizes(found.records)
+        if not sizes.all():
+            raise DataError(f"{where} does not say how large its images are: prepare the data set anew.")
+        return sizes
 
     def expect(self, shards: Sequence[int]) -> None:
         """These shards are read next, soonest first; a remote set fetches them ahead of need. Returns at once."""
@@ -213,7 +235,7 @@ class TarSource:
         self._open = OrderedDict()
         self._ending = None
 
-    def _shard(self, number: int) -> _OpenShard:
+    def _shard(self, number: int) -> OpenShard:
         with self._lock:
             if self._closed:
                 raise ValueError("the source was closed")
@@ -267,7 +289,7 @@ class TarSource:
             SetFile(f"{self._split}/{_index_name(name)}", int(self._shards.index_bytes[number]), sha256),
         )
 
-    def _open_shard(self, number: int) -> _OpenShard:
+    def _open_shard(self, number: int) -> OpenShard:
         tar, index = self._files(number)
         where = self._storage.shown(tar.name)
         with contextlib.ExitStack() as undo:
@@ -276,7 +298,7 @@ class TarSource:
                 held.append(self._storage.hold(file, self._let_go))
                 undo.callback(held[-1].close)
             try:
-                shard = _OpenShard(where, held[1], held[0])
+                shard = OpenShard(where, held[1], held[0])
             except (OSError, ValueError) as error:
                 raise DataError(
                     f"shard {where} cannot be used: {error}. Copy it anew, or run the prepare command that made it "
@@ -300,88 +322,6 @@ def _close_idle_shards(reference: weakref.ref[TarSource], ending: threading.Even
         if source is None or source._close_if_idle():
             return
         del source  # it must not live on through the pause
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Where one sample's bytes lie. Keeps its shard open."""
-
-    shard: _OpenShard
-    name: str
-    """Of the shard within the data set."""
-
-    record: Record
-
-    def proved(self, offset: int, size: int, crc32: int, what: str) -> bytes:
-        """Bytes of the tar whose checksum is known. Raises DamagedSampleError, DataError."""
-        data = self._read(offset, size, what)
-        if zlib.crc32(data) != crc32:
-            raise DamagedSampleError(self.name, self.record.key, f"the {what}'s bytes were changed (checksum differs)")
-        return data
-
-    def pieces(self, spans: Sequence[Span]) -> bytes:
-        """The pieces in these spans of an image with restart rows, proved by their checksums. One read fetches them,
-        and what lies between them."""
-        ends, crc32s = (*self.record.row_offsets, self.record.size), (*self.record.row_crc32s, 0)
-        begin = ends[spans[0][0]]
-        data = self._read(self.record.offset + begin, ends[spans[-1][1]] - begin, "image")
-        view = memoryview(data)
-        found = [view[ends[first] - begin : ends[stop] - begin] for first, stop in spans]
-        for (first, stop), part in zip(spans, found, strict=True):
-            # a checksum goes on from that of all pieces before (of piece -1: 0), so that one call proves many
-            if zlib.crc32(part, crc32s[first - 1]) != crc32s[stop - 1]:
-                raise DamagedSampleError(
-                    self.name, self.record.key, "the image's bytes were changed (checksum of a restart row differs)"
-                )
-        return data if len(found) == 1 else b"".join(found)
-
-    def _read(self, offset: int, size: int, what: str) -> bytes:
-        try:
-            data = self.shard.read_tar(size, offset)
-        except OSError as error:
-            raise DataError(f"shard {self.shard.where} cannot be read: {error}") from error
-        if len(data) != size:
-            raise DamagedSampleError(self.name, self.record.key, f"the shard ends within the {what}: it was cut short")
-        return data
-
-
-class _OpenShard:
-    """The two open files of a shard. They are closed when the last thread that reads from them lets go of this object,
-    so that taking it out of the table of open shards never pulls a file from under a reader."""
-
-    def __init__(self, where: str, tar: Held, index: Held) -> None:
-        """`where`: the tar's place, for messages. The held files are closed with this object."""
-        self.where = where
-        self._held: tuple[Held, ...] = ()
-        self._descriptors: list[int] = []
-        for held in (tar, index):
-            self._descriptors.append(os.open(held.path, os.O_RDONLY | os.O_CLOEXEC))
-        self._tar, self._index = self._descriptors
-        self.header = shard_index.parse_header(self.read_index(shard_index.HEADER.size, 0))
-        self._held = (tar, index)
-
-    def read_tar(self, size: int, offset: int) -> bytes:
-        return _pread(self._tar, size, offset)
-
-    def read_index(self, size: int, offset: int) -> bytes:
-        return _pread(self._index, size, offset)
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        for held in self._held:
-            held.close()
-
-
-def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    """Read `size` bytes at `offset`, or what there is before the end of the file."""
-    data = os.pread(descriptor, size, offset)
-    while len(data) < size:  # a network file system may return less than asked for
-        more = os.pread(descriptor, size - len(data), offset + len(data))
-        if not more:
-            break
-        data += more
-    return data
 
 
 def _index_name(tar_name: str) -> str:

@@ -194,6 +194,14 @@ def unpack(data: bytes) -> ShardIndex:
     return ShardIndex(header, records, keys, rows)
 
 
+def upright_sizes(records: Records) -> npt.NDArray[np.int32]:
+    """(height, width) of each image as a viewer shows it, (samples, 2)."""
+    stored = np.stack([records["height"], records["width"]], axis=1).astype(np.int32)
+    turned = records["orientation"] >= 5  # EXIF: rows and columns change places
+    stored[turned] = stored[turned, ::-1]
+    return stored
+
+
 class Record(NamedTuple):
     """One sample's entry in the index."""
 

@@ -84,8 +84,8 @@ _SERVING = """
 import threading
 import numpy as np
 import simplejpeg
-from data_pipeline.augment import SampleDraws
-from data_pipeline.batch import EpochReader
+import torch
+from data_pipeline.batch import Batch, EpochReader, LabelledImages
 from data_pipeline.config import DataConfig
 from data_pipeline.restart_rows import RestartRows
 from data_pipeline.shards.source import RawSample
@@ -97,17 +97,20 @@ resize(np.zeros((64, 64, 3), np.uint8), np.zeros((8, 8, 3), np.uint8), "antialia
 class Source:
     def __len__(self): return 8
     def read(self, index): return RawSample(str(index), IMAGE, 0, "shard", verified=True)
-reader = EpochReader(Source(), TRANSFORM(DataConfig(image_size=224)), 0, 0, False, decoding=DECODING)
-images = [np.zeros((224, 224, 3), np.uint8) for _ in range(4)]
+placing = LabelledImages(TRANSFORM(DataConfig(image_size=224)))
+reader = EpochReader(Source(), placing, 0, 0, False, decoding=DECODING)
+images = torch.zeros((4, 224, 224, 3), dtype=torch.uint8)
+ids, nothing = torch.arange(4), torch.zeros(4, dtype=torch.int64)
+batch = Batch(images, nothing.clone(), ids, nothing, ids, torch.ones(4, dtype=torch.bool), [])
 def work(number):
-    reader._prepare(number, SampleDraws(0, 0).of(number), images[number])
+    reader.fill(batch, range(number, number + 1))
 threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
 """
 
 _FOUR_THREADS = """
 for thread in threads: thread.start()
 for thread in threads: thread.join()
-assert all(image.std() > 5 for image in images)
+assert all(image.numpy().std() > 5 for image in images)
 """
 
 
