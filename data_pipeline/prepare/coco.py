@@ -41,10 +41,11 @@ file. Images without annotations are kept, as in the field.
 
 An image is left out as a whole, and reported with the annotation, where one of its annotations is wrong: an unknown
 category, no box of four numbers, a box with a negative side or entirely outside of the image, no area, no or a
-malformed segmentation; or where the image has another size than is stated. With the faulty annotation alone gone,
-training would take the object for background. A box that reaches beyond the image's border, or is flat, is kept as it
-is, because evaluation counts it so: training cuts the former at the border and passes over the latter. Ids that occur
-twice and annotations of unlisted images are errors, before anything is written.
+malformed segmentation, one outside of the image or without a pixel; or where the image has another size than is stated.
+With the faulty annotation alone gone, training would take the object for background. A box that reaches beyond the
+image's border, or is flat, is kept as it is, because evaluation counts it so: training cuts the former at the border
+and passes over the latter. Ids that occur twice, a file that is listed twice and annotations of unlisted images are
+errors, before anything is written.
 """
 
 
@@ -121,6 +122,7 @@ def _items(source: Path, folder: str, path: Path, content: CocoFile) -> list[Ite
         raise DataError(f"There is no folder {source / folder} with the images of {path}; name it with --images.")
     if not content.images:
         raise DataError(f"{path} lists no images.")
+    _require_different(path, content.images)
     for image in content.images:
         _require_inside(path, image)
     found = _sizes_and_times(source, folder, content.images)
@@ -139,6 +141,18 @@ def _items(source: Path, folder: str, path: Path, content: CocoFile) -> list[Ite
         )
         for key, image, (size, modified) in zip(keys, content.images, found, strict=True)
     ]
+
+
+def _require_different(path: Path, images: list[CocoImage]) -> None:
+    """An image that is listed twice would be counted twice, and be found without what is annotated for the other."""
+    ids: dict[PurePosixPath, int] = {}
+    for image in images:
+        earlier = ids.setdefault(PurePosixPath(image.file_name), image.id)
+        if earlier != image.id:
+            raise DataError(
+                f"{path}: the images {earlier} and {image.id} are both the file {image.file_name!r}. Give all of its "
+                "annotations to one of them, and remove the other."
+            )
 
 
 def _require_inside(path: Path, image: CocoImage) -> None:

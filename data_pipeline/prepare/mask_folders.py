@@ -131,11 +131,13 @@ def list_mask_folders(
 ) -> Listing:
     """List images and their masks. Raises DataError where a folder is missing or holds no image."""
     ignored: Counter[str] = Counter()
+    warnings: list[str] = []
     splits = {}
     for split in layout.images:
         if split != Path(split).name or split.startswith("."):
             raise DataError(f"'{split}' is no name of a split: give plain names.")
         splits[split] = _list_split(source, layout, split, ignored)
+        warnings += _shared_masks(splits[split])
     meaning = {"first_label": str(labels.first_label), "ignore": " ".join(map(str, labels.ignore))}
     return Listing(
         converter,
@@ -148,7 +150,18 @@ def list_mask_folders(
         target_extension=EXTENSION,
         targets=labels.to_json(),
         resize_target=resize_mask,
+        warnings=tuple(warnings),
     )
+
+
+def _shared_masks(items: list[Item]) -> list[str]:
+    """Which images have one mask in common, as two files of different extensions do."""
+    owners: dict[str, str] = {}
+    return [
+        f"{owner} and {item.name} have the same mask, {item.place}"
+        for item in items
+        if (owner := owners.setdefault(item.place, item.name)) != item.name
+    ]
 
 
 def read_pair(source: Path, item: Item) -> SourceFiles:

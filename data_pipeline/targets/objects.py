@@ -151,11 +151,28 @@ def _check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
     if isinstance(segmentation, dict):
         if segmentation.get("size") != list(size):
             raise TargetError(f"its mask is made for [height, width] {segmentation.get('size')}, not {list(size)}")
-        rle.runs_of(segmentation)
+        if not rle.runs_of(segmentation)[1::2].any():
+            raise TargetError("its mask holds no pixel")
     elif not (isinstance(segmentation, list) and segmentation):
         raise TargetError("it has no segmentation (with --boxes-only none is needed)")
     elif not all(map(_is_polygon, segmentation)):
         raise TargetError("its segmentation has a polygon that is no list of three or more points x, y, x, y, ...")
+    else:
+        _check_polygons(segmentation, size)
+
+
+def _check_polygons(polygons: list[list[float]], size: tuple[int, int]) -> None:
+    """Points may lie beside the image, but not far from it: drawing takes memory for every pixel of a line."""
+    height, width = size
+    seen = False
+    for points in polygons:
+        left, right = min(points[0::2]), max(points[0::2])
+        top, bottom = min(points[1::2]), max(points[1::2])
+        if left < -width or right > 2 * width or top < -height or bottom > 2 * height:
+            raise TargetError(f"its segmentation has a point far outside of the image of {width}x{height}")
+        seen = seen or (left <= width and right >= 0 and top <= height and bottom >= 0)
+    if not seen:
+        raise TargetError(f"its segmentation lies outside of the image of {width}x{height}")
 
 
 def _is_polygon(points: Any) -> bool:

@@ -106,6 +106,15 @@ def test_images_whose_masks_are_missing_or_wrong_are_left_out_with_the_reason(
     assert verify([str(out)]) == 0
 
 
+def test_two_images_of_one_mask_are_named(ade: Path, image_file, capsys: pytest.CaptureFixture[str]) -> None:
+    (ade / "images" / "training" / "ADE_00000001.png").write_bytes(image_file(1, kind="PNG"))
+    assert _prepare(ade)[0] == 0
+    assert (
+        "warning: images/training/ADE_00000001.jpg and images/training/ADE_00000001.png have the same mask, "
+        "annotations/training/ADE_00000001.png\n"
+    ) in capsys.readouterr().err
+
+
 def test_a_faulty_mask_stops_the_work_where_that_was_asked_for(ade: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (ade / "annotations" / "training" / "ADE_00000003.png").unlink()
     status, _ = _prepare(ade, "--on-error", "stop")

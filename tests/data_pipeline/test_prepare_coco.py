@@ -177,6 +177,7 @@ def test_images_that_are_missing_or_of_another_size_are_left_out(coco: Coco, ima
     [
         (lambda c: c["annotations"].append(_annotation(2, 9)), "1 annotation ids occur more than once, such as 2"),
         (lambda c: c["images"].append({**c["images"][0]}), "1 image ids occur more than once, such as 139"),
+        (lambda c: c["images"][0].update(file_name="./000000000007.jpg"), "the images 139 and 7 are both the file"),
         (lambda c: c["categories"].append({"id": 18, "name": "cat"}), "the category id 18 occurs twice"),
         (
             lambda c: c["annotations"].append(_annotation(6, 10)),

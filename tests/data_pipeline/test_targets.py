@@ -159,6 +159,8 @@ def test_objects_are_read_as_annotated() -> None:
     assert (thing.id, thing.category, thing.box, thing.area, thing.crowd) == (4, 1, (1, 2.5, 3, 4), 6, False)
     assert thing.segmentation == POLYGON
     assert read_objects(_objects(annotations=[]), LABELS).objects == ()
+    beside = [[-3, 1, 5, 1, 5, 12], [21, 1, 25, 1, 25, 5]]
+    assert read_objects(_objects(segmentation=beside), LABELS).objects[0].segmentation == beside
     boxes = read_objects(_objects(segmentation=None), ObjectLabels((7, 9), masks=False))
     assert boxes.objects[0].segmentation is None
 
@@ -187,6 +189,11 @@ def test_objects_are_read_as_annotated() -> None:
             r"made for \[height, width\] \[20, 10\], not \[10, 20\]",
         ),
         ({"segmentation": {"size": [10, 20], "counts": [199]}}, "do not cover 10 x 20 pixels"),
+        ({"segmentation": {"size": [10, 20], "counts": [200]}}, "annotation 4: its mask holds no pixel"),
+        ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "a polygon that is no list"),
+        ({"segmentation": [[1, 1, 40.5, 1, 5, 5]]}, "annotation 4: .* a point far outside of the image of 20x10"),
+        ({"segmentation": [[1, 1, 5, -1e9, 5, 5]]}, "annotation 4: .* a point far outside of the image of 20x10"),
+        ({"segmentation": [[21, 1, 25, 1, 25, 5], [1, 11, 5, 11, 5, 15]]}, "lies outside of the image of 20x10"),
         ({"id": None}, "an annotation has no id"),
         ({"image_id": "3"}, "do not say the image's id"),
         ({"width": 0}, "state an image of 0 x 10 pixels"),
