@@ -17,13 +17,17 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from dgt.models.build import ModelConfig
-from dgt.models.dense import DenseNetwork
+from dgt.models.dense import STRIDES, DenseNetwork
+from dgt.models.macs import stage_resolutions
 from dgt.models.rcnn_config import RCNNConfig
-from dgt.models.roi_heads import RegionHeads, Sizes, Truth
+from dgt.models.roi_heads import MASK_CELLS, RegionHeads, Sizes, Truth
 from dgt.models.rpn import ProposalNetwork
 
 if TYPE_CHECKING:
     from data_pipeline.targets.instances import Instances
+
+COUNTED_REGIONS, COUNTED_MASKS = 1000, 100
+"""Regions and masks of an image in a count of multiply-accumulates, as in mmdetection's."""
 
 _NORM_GROUPS = 32  # GroupNorm, arXiv 1803.08494, table 3
 
@@ -75,24 +79,58 @@ class RCNN(DenseNetwork):
         if self.training and sample_keys is None:
             sample_keys = torch.randint(2**32, (len(images),), device=images.device)
         maps = self.pyramid(without_padding(images, sizes), sample_keys if self.training else None)
-        proposed = self.rpn(list(maps.values()), sizes)
+        proposed = self.rpn(maps, sizes)
         dtype = torch.promote_types(images.dtype, torch.float32)
         # RoIAlign wants whole float32 maps with contiguous channels: made once here, and not in every call of it.
-        maps = {name: level.to(dtype).contiguous() for name, level in maps.items()}
+        maps = [level.to(dtype).contiguous() for level in maps[: len(STRIDES)]]
         if not self.training:
             return self.roi_heads.detections(maps, proposed.boxes, sizes)
         assert sample_keys is not None
         check_norm(self.options, images.device)
-        truths = truths_of(targets, len(images), self.options.has_masks, maps["0"])
+        truths = truths_of(targets, len(images), self.options.has_masks, maps[0])
         objectness, box = self.rpn.losses(proposed, [truth.boxes for truth in truths], sample_keys)
         losses = self.roi_heads.losses(maps, proposed.boxes, sizes, truths, sample_keys)
         return {"rpn_objectness": objectness, "rpn_box": box} | losses
 
-    def pyramid(self, images: Tensor, sample_keys: Tensor | None = None) -> dict[str, Tensor]:
-        """Maps (n, C, H / s, W / s), rounded up, for s = 4 ("0") to 32 ("3") and 64 ("pool")."""
+    def pyramid(self, images: Tensor, sample_keys: Tensor | None = None) -> list[Tensor]:
+        """(n, 3, H, W) -> maps (n, C, H / s, W / s), rounded up, s being each of `dgt.models.rpn.PYRAMID_STRIDES`."""
         features = self.features(images, sample_keys)
-        maps: dict[str, Tensor] = self.fpn({str(i): feature for i, feature in enumerate(features)})
-        return maps
+        return list(self.fpn({str(i): feature for i, feature in enumerate(features)}).values())
+
+    def macs(self, height: int, width: int) -> int:
+        """Multiply-accumulates of the evaluation of one image of that many pixels, as the field counts them.
+
+        That is with 1,000 regions for each box head and 100 for the mask head, and of all that follows the backbone
+        the convolutions and linear layers only.
+        """
+        sizes = stage_resolutions(len(STRIDES), height, width)
+        cells = [h * w for h, w in sizes]
+        last = ((sizes[-1][0] + 1) // 2) * ((sizes[-1][1] + 1) // 2)
+        total = self.backbone.macs(height, width)
+        for lateral, output, count in zip(self.fpn.inner_blocks, self.fpn.layer_blocks, cells, strict=True):
+            total += count * (weights_of(lateral) + weights_of(output))
+        total += (sum(cells) + last) * weights_of(self.rpn.head)
+        total += COUNTED_REGIONS * weights_of(self.roi_heads.box_heads)
+        if self.roi_heads.mask_head is not None:
+            convolutions, predictor = self.roi_heads.mask_head.children()
+            enlarging, _, classifier = predictor.children()  # after which there are four times as many cells
+            per_cell = weights_of(convolutions) + weights_of(enlarging) + 4 * weights_of(classifier)
+            total += COUNTED_MASKS * MASK_CELLS**2 * per_cell
+        return total
+
+
+def weights_of(module: nn.Module) -> int:
+    """Weights of the convolutions and linear layers in a module, each multiplied once per cell or region.
+
+    They are counted from the layers' widths, because a sharding engine may leave a rank with none.
+    """
+    total = 0
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            total += part.in_features * part.out_features
+        elif isinstance(part, nn.Conv2d | nn.ConvTranspose2d):
+            total += part.in_channels * part.out_channels // part.groups * part.kernel_size[0] * part.kernel_size[1]
+    return total
 
 
 def truths_of(targets: Sequence[Instances] | None, count: int, masks: bool, like: Tensor) -> list[Truth]:

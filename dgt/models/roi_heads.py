@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from dgt.models.dense import STRIDES
@@ -31,6 +31,7 @@ BOX_CELLS, MASK_CELLS = 7, 14
 
 _CODER_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
 _SMOOTH_L1_BETA = 1 / 9  # torchvision's, as in the first implementations of Faster R-CNN
+_SAMPLES = 2  # of RoIAlign per cell and axis
 _FLAT = 1e-2  # pixels; torchvision gives no detection that is narrower
 
 Sizes = Sequence[tuple[int, int]]
@@ -60,6 +61,32 @@ class Stage:
     """Of its losses."""
     coder: BoxCoder
     """Scale of its box regression."""
+
+
+class RegionPool(nn.Module):
+    """RoIAlign (arXiv 1703.06870) on the level of the pyramid that is fit for a region's size (1612.03144, eq. 1).
+
+    torchvision's `MultiScaleRoIAlign` does it, too, but takes a cell's corner for its centre, and guesses strides from
+    the first batch.
+    """
+
+    def __init__(self, cells: int) -> None:
+        super().__init__()
+        self.cells = cells
+        finest, *_, coarsest = (stride.bit_length() - 1 for stride in STRIDES)
+        self.level_of = LevelMapper(finest, coarsest)
+
+    def forward(self, maps: Sequence[Tensor], regions: Sequence[Tensor]) -> Tensor:
+        """Four maps (n, C, h, w) and of each image (r, 4) boxes in pixels -> (all regions, C, cells, cells)."""
+        images = torch.arange(len(regions), device=maps[0].device)
+        counts = torch.tensor([len(boxes) for boxes in regions], device=maps[0].device)
+        rois = torch.cat([images.repeat_interleave(counts)[:, None], torch.cat(list(regions))], dim=1)
+        levels = self.level_of(list(regions))
+        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], self.cells, self.cells)
+        for number, (level, stride) in enumerate(zip(maps, STRIDES, strict=True)):
+            here = torch.where(levels == number)[0]
+            pooled[here] = roi_align(level, rois[here], self.cells, 1 / stride, _SAMPLES, aligned=True)
+        return pooled
 
 
 class BoxHead(nn.Module):
@@ -114,21 +141,21 @@ class RegionHeads(nn.Module):
             BoxHead(channels, heads.hidden_features, num_classes, not cascade) for _ in self.stages
         )
         self.mask_head = MaskHead(channels, num_classes, options, norm) if options.has_masks else None
-        self.box_pool, self.mask_pool = pool(BOX_CELLS), pool(MASK_CELLS)
+        self.box_pool, self.mask_pool = RegionPool(BOX_CELLS), RegionPool(MASK_CELLS)
         self.sampler = KeyedSampler(heads.rois_per_image, heads.positive_share, REGION_DRAW)
 
     def losses(
-        self, maps: dict[str, Tensor], regions: list[Tensor], sizes: Sizes, truths: list[Truth], keys: Tensor
+        self, maps: Sequence[Tensor], regions: list[Tensor], sizes: Sizes, truths: list[Truth], keys: Tensor
     ) -> dict[str, Tensor]:
         """(n,) losses "box_class", "box" and, with masks, "mask"; regions as proposed, keys as `KeyedSampler` has them.
 
-        `maps` in float32 or better, by the names "0" (the finest) to "3".
+        `maps` (n, C, h, w) in float32 or better, the finest first, at the backbone's four strides.
         """
         regions = [torch.cat([boxes, truth.boxes]) for boxes, truth in zip(regions, truths, strict=True)]
         matched = self.match(regions, truths, self.stages[0].iou)
         chosen = self.sampler([found.labels for found in matched], keys)
         regions = [boxes[at] for boxes, at in zip(regions, chosen, strict=True)]
-        classes, boxes = torch.zeros(2, len(sizes), dtype=maps["0"].dtype, device=maps["0"].device)
+        classes, boxes = torch.zeros(2, len(sizes), dtype=maps[0].dtype, device=maps[0].device)
         for stage, own, logits, deltas in self.passes(maps, regions, sizes):
             matched = self.match(own, truths, stage.iou)
             classes = classes + stage.weight * class_losses(logits, matched)
@@ -152,12 +179,12 @@ class RegionHeads(nn.Module):
         return found
 
     def passes(
-        self, maps: dict[str, Tensor], regions: list[Tensor], sizes: Sizes
+        self, maps: Sequence[Tensor], regions: list[Tensor], sizes: Sizes
     ) -> Iterator[tuple[Stage, list[Tensor], Tensor, Tensor]]:
         """Each stage with its regions, and what its head answers: logits and deltas in the precision of `maps`."""
         for stage, head in zip(self.stages, self.box_heads, strict=True):
-            logits, deltas = head(self.box_pool(maps, regions, sizes))
-            logits, deltas = logits.to(maps["0"].dtype), deltas.to(maps["0"].dtype)
+            logits, deltas = head(self.box_pool(maps, regions))
+            logits, deltas = logits.to(maps[0].dtype), deltas.to(maps[0].dtype)
             yield stage, regions, logits, deltas
             if stage is not self.stages[-1]:
                 regions = self.refined(regions, deltas, sizes, stage)
@@ -169,13 +196,13 @@ class RegionHeads(nn.Module):
         return [clip_boxes_to_image(own, size) for own, size in zip(parts, sizes, strict=True)]
 
     def mask_losses(
-        self, maps: dict[str, Tensor], regions: list[Tensor], sizes: Sizes, matched: list[Matched], truths: list[Truth]
+        self, maps: Sequence[Tensor], regions: list[Tensor], sizes: Sizes, matched: list[Matched], truths: list[Truth]
     ) -> Tensor:
         """(n,): the mean of each image's positive regions; 0 (with a gradient of zeros) where there are none."""
         positive = [torch.where(found.labels > 0)[0] for found in matched]
         regions = [boxes[at] for boxes, at in zip(regions, positive, strict=True)]
         labels = torch.cat([found.labels[at] for found, at in zip(matched, positive, strict=True)])
-        logits = self.masked(maps, regions, sizes, labels)
+        logits = self.masked(maps, regions, labels)
         targets = [
             mask_targets(truth.crops, truth.corners, size, boxes, found.objects[at], logits.shape[-1])
             for truth, size, boxes, found, at in zip(truths, sizes, regions, matched, positive, strict=True)
@@ -183,14 +210,14 @@ class RegionHeads(nn.Module):
         losses = F.binary_cross_entropy_with_logits(logits, torch.cat(targets), reduction="none").mean(dim=(1, 2))
         return per_image(losses, [len(at) for at in positive])
 
-    def masked(self, maps: dict[str, Tensor], regions: list[Tensor], sizes: Sizes, labels: Tensor) -> Tensor:
+    def masked(self, maps: Sequence[Tensor], regions: list[Tensor], labels: Tensor) -> Tensor:
         """(r, 28, 28) logits of the mask of each region's own class; `labels`: (r,) from 1 on."""
         assert self.mask_head is not None
-        pooled = self.mask_pool(maps, regions, sizes)
+        pooled = self.mask_pool(maps, regions)
         logits = self.mask_head(pooled).to(pooled.dtype)
         return logits[torch.arange(len(labels), device=labels.device), labels - 1]
 
-    def detections(self, maps: dict[str, Tensor], regions: list[Tensor], sizes: Sizes) -> list[dict[str, Tensor]]:
+    def detections(self, maps: Sequence[Tensor], regions: list[Tensor], sizes: Sizes) -> list[dict[str, Tensor]]:
         """What is found in each image: boxes (d, 4), scores (d,), labels (d,) from 0 on, masks (d, 1, 28, 28).
 
         The most likely first; "masks" are probabilities within the boxes. Every head is called once, whatever is found.
@@ -203,7 +230,7 @@ class RegionHeads(nn.Module):
         found = [self.best(*parts) for parts in zip(boxes.split(counts), scores.split(counts), sizes, strict=True)]
         if self.mask_head is not None:
             labels = torch.cat([own["labels"] for own in found]) + 1
-            logits = self.masked(maps, [own["boxes"] for own in found], sizes, labels)
+            logits = self.masked(maps, [own["boxes"] for own in found], labels)
             for own, masks in zip(found, logits.sigmoid().split([len(own["boxes"]) for own in found]), strict=True):
                 own["masks"] = masks[:, None]
         return found
@@ -218,16 +245,6 @@ class RegionHeads(nn.Module):
         boxes, scores, label = boxes[wide], scores[wide], label[wide]
         kept = batched_nms(boxes, scores, label, self.options.nms_threshold)[: self.options.max_detections]
         return {"boxes": boxes[kept], "scores": scores[kept], "labels": label[kept]}
-
-
-def pool(cells: int) -> MultiScaleRoIAlign:
-    """RoIAlign on the level of the pyramid that is fit for a region's size (arXiv 1612.03144, eq. 1)."""
-    aligned = MultiScaleRoIAlign([str(i) for i in range(len(STRIDES))], cells, sampling_ratio=2)
-    # torchvision guesses both from the first batch, and guesses wrong where that is mostly padding.
-    aligned.scales = [1 / stride for stride in STRIDES]
-    levels = [stride.bit_length() - 1 for stride in STRIDES]
-    aligned.map_levels = LevelMapper(levels[0], levels[-1])
-    return aligned
 
 
 def class_losses(logits: Tensor, matched: Sequence[Matched]) -> Tensor:
