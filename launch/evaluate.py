@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # started as a file: what is imported must come from beside it, and `launch` is a package
     here = Path(__file__).resolve().parent
@@ -19,10 +20,24 @@ from launch.runs import LaunchError
 
 if TYPE_CHECKING:
     from data_pipeline.loader import Batch, Loader
+    from data_pipeline.shards.source import Source
+    from dgt.config import Config
+    from dgt.tasks import Findings, Task
     from dgt.training.world import World
 
 MAX_CONFUSION_CLASSES = 2048
 """Most classes for which every pair of classes is counted; the counts take 8 bytes each."""
+
+
+OF_TASKS = {
+    "image_size": ("classification",),
+    "crop_pct": ("classification",),
+    "flip": ("classification", "segmentation"),
+    "mode": ("segmentation",),
+    "scales": ("segmentation",),
+    "save_predictions": ("segmentation",),
+}
+"""Options that are not for all tasks."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,16 +64,24 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     result.add_argument("--split", metavar="NAME", help="split of the data (default: data.val_split)")
     result.add_argument("--weights", choices=("ema", "raw"), help="default: ema where the run kept an average")
-    result.add_argument("--image-size", type=int, metavar="N", help="pixels a side (default: data.image_size)")
-    result.add_argument("--crop-pct", type=float, metavar="X", help="share of the short side (data.eval_crop_pct)")
     result.add_argument("--batch-size", type=int, metavar="N", help="images of one pass on one rank")
     result.add_argument(
         "--flip", nargs="?", choices=("probabilities", "logits"), const="probabilities",
-        help="answer with the mean over each image and its mirror image; of what (default: probabilities)",
+        help="answer with the mean over each image and its mirror image; of what (default: probabilities); of "
+        "classification and segmentation",
     )  # fmt: skip
     result.add_argument("--out", metavar="DIR", help="write tables (CSV, JSON) and pictures (PNG) there")
     result.add_argument("--json", action="store_true", help="print one line of JSON")
     result.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=DIR")
+    images = result.add_argument_group("of classification")
+    images.add_argument("--image-size", type=int, metavar="N", help="pixels a side (default: data.image_size)")
+    images.add_argument("--crop-pct", type=float, metavar="X", help="share of the short side (data.eval_crop_pct)")
+    pixels = result.add_argument_group("of segmentation", "each goes before what task.inference says")
+    pixels.add_argument("--mode", choices=("whole", "slide"), help="the resized image at once, or in windows")
+    pixels.add_argument("--scales", metavar="0.75,1,1.25", help="average over these sizes of the image")
+    pixels.add_argument(
+        "--save-predictions", action="store_true", help="write OUT/predictions/KEY.png: class indices in 8 bits"
+    )
     return result
 
 
@@ -69,52 +92,133 @@ def evaluate(options: argparse.Namespace) -> int:
     from dgt.tasks.counts import Counts
     from dgt.training import evaluate as exact
     from dgt.training.world import joined, set_threads
-    from launch import checks, report, sources
+    from launch import checks, report, report_segmentation, sources
     from launch.cluster import rank_variables
     from launch.train import set_up_logging
 
     os.environ.update(rank_variables(os.environ))
     set_up_logging(int(os.environ.get("RANK", 0)), sys.stderr)
     source = sources.find(options)
-    config, split = source.config, options.split or source.config.data.val_split
+    config = for_task(source.config, options)
+    split = options.split or config.data.val_split
     checks.network(config)
     with joined() as world:
         set_threads(config.engine.threads)
         if options.out:
             world.on_main(lambda: report.make_folder(Path(options.out)))
         found = world.on_main(source.verified)
-        task = build_task(config.task, config.model, config.data)
-        if not isinstance(task, Classification):
-            raise LaunchError(f"task.name: {config.task.name} is not evaluated by this program")
-        task.counts = Counts(task.num_classes, confusion=task.num_classes <= MAX_CONFUSION_CLASSES)
+        task: Any = build_task(config.task, config.model, config.data)
         network = task.build_model()
         tensors, kind = found.read(network, options.weights)
         network.load_state_dict(tensors)
-        if options.flip:
-            network = exact.Flipped(network, options.flip)
+        if isinstance(task, Classification):
+            task.counts = Counts(task.num_classes, confusion=task.num_classes <= MAX_CONFUSION_CLASSES)
+            network = exact.Flipped(network, options.flip) if options.flip else network
         inference = exact.Inference(network, world, config.engine)
         per_pass = config.steps.evaluate_batch_size or config.steps.micro_batch_size
         loader = build_loader(
-            config.data, split, train=False, global_batch_size=per_pass * world.size,
+            config.data, split, kind=task.kind, train=False, global_batch_size=per_pass * world.size,
             rank=world.rank, world_size=world.size, seed=config.seed,
         )  # fmt: skip
         with loader:
             clock = Clock(loader, world)
-            totals = exact.evaluate(inference, task, clock, config.data)
+            kept = report_segmentation.Kept(task, loader.source) if options.save_predictions else task
+            findings = exact.evaluate(inference, kept, clock)
             rate = clock.rate()
-            names = tuple(loader.source.class_names)
-        if world.is_main and totals is not None:
-            counted = task.counts.read(totals)
+        if world.is_main and findings is not None:
             facts = {
                 "checkpoint": str(found.path), "step": found.step, "weights": kind, "split": split,
-                "image_size": config.data.image_size, "crop_pct": config.data.eval_crop_pct, "flip": options.flip,
+                **settings(config, options),
                 "precision": config.engine.precision, "ranks": world.size, "batch_size": per_pass,
                 "device": report.device_name(world.device), "images_per_s": rate,
             }  # fmt: skip
-            if options.out:
-                report.write(Path(options.out), facts, counted, names)
-            report.show(options.json, facts, counted, names)
+            tell(options, config, task, facts, findings, loader.source)
     return 0
+
+
+def for_task(config: Config, options: argparse.Namespace) -> Config:
+    """The configuration with what the options say of a segmentation's inference.
+
+    Raises LaunchError for options of another task, ConfigError for values out of range.
+    """
+    from dgt.config import ConfigError
+    from dgt.tasks import SegmentationConfig
+
+    task = config.task
+    refuse_foreign(task.name, options)
+    if options.save_predictions and not options.out:
+        raise LaunchError("--save-predictions: name with --out DIR where they are to be written")
+    if not isinstance(task, SegmentationConfig):
+        return config
+    if options.flip == "logits":
+        raise LaunchError("--flip logits: is for classification; a segmentation averages probabilities, with --flip")
+    try:
+        asked: dict[str, Any] = {
+            "flip": True if options.flip else None,
+            "mode": options.mode,
+            "scales": tuple(map(float, options.scales.split(","))) if options.scales else None,
+        }
+    except ValueError:
+        raise LaunchError(f"--scales {options.scales}: is no list of factors such as 0.75,1,1.25") from None
+    try:
+        stated = {key: value for key, value in asked.items() if value is not None}
+        inference = dataclasses.replace(task.inference, **stated)
+    except ValueError as error:
+        raise ConfigError(f"task.inference.{error}") from None
+    return dataclasses.replace(config, task=dataclasses.replace(task, inference=inference))
+
+
+def refuse_foreign(task: str, options: argparse.Namespace) -> None:
+    """Raises LaunchError where an option is one of another task."""
+    sizes = {
+        "segmentation": "images are resized whole, as data.segmentation.short_side and .long_side say; add "
+        "data.segmentation.short_side=N",
+        "detection": "images are resized whole, as data.detection.eval_short_side and .long_side say; add "
+        "data.detection.eval_short_side=N",
+    }
+    for option, tasks in OF_TASKS.items():
+        if getattr(options, option) and task not in tasks:
+            hint = f": {sizes[task]}" if option in ("image_size", "crop_pct") else ""
+            raise LaunchError(
+                f"--{option.replace('_', '-')} is for {' and '.join(tasks)}, and these weights are for {task}{hint}"
+            )
+
+
+def settings(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """How images were answered."""
+    from launch import report_detection, report_segmentation
+
+    if config.task.name == "segmentation":
+        return report_segmentation.settings(config)
+    if config.task.name == "detection":
+        return report_detection.settings(config)
+    return {"image_size": config.data.image_size, "crop_pct": config.data.eval_crop_pct, "flip": options.flip}
+
+
+def tell(
+    options: argparse.Namespace, config: Config, task: Task, facts: dict[str, Any], found: Findings, source: Source
+) -> None:
+    """Writes and prints what was found, in the way of the task. Raises DataError where nothing was."""
+    from dgt.tasks import Classification
+    from dgt.tasks.pixels import PixelCounts
+    from launch import report, report_detection, report_segmentation
+
+    out, names = Path(options.out) if options.out else None, tuple(source.class_names)
+    if isinstance(task, Classification):
+        counted = task.counts.read(found.totals)
+        if out:
+            report.write(out, facts, counted, names)
+        report.show(options.json, facts, counted, names)
+    elif task.kind == "segmentation":
+        pixels = PixelCounts(config.data.num_classes).read(found.totals)
+        if out:
+            report_segmentation.write(out, facts, pixels, names, found)
+        report_segmentation.show(options.json, facts, pixels, names)
+    else:
+        judgement = report_detection.judge(config, found, source)
+        if out:
+            report_detection.write(out, facts, judgement)
+        report_detection.show(options.json, facts, judgement)
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""What an evaluation says: on the screen, as tables (CSV, JSON) and as pictures (PNG).
+"""What an evaluation of a classifier says: on the screen, as tables (CSV, JSON) and as pictures (PNG).
 
 OUT/metrics.json       what was evaluated and how it did, with the tables below
 OUT/classes.csv        one line per class, the worst first
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from dgt.tasks.counts import Counted
 
-Facts = Mapping[str, "str | int | float | None"]
+Facts = Mapping[str, Any]
 Row = dict[str, Any]
 
 SHOWN_CLASSES = 20
@@ -144,17 +144,31 @@ def show(as_json: bool, facts: Facts, counted: Counted, names: Sequence[str]) ->
     print(f"{images:,} images of split {facts['split']} at {facts['image_size']} px (crop {facts['crop_pct']:g}){flip}")
     for name, unit in (("top1", " %"), ("top5", " %"), ("loss", ""), ("ece", " %")):
         print(f"  {name:<6} {metrics[name]:.4f}{unit}")
-    if facts["images_per_s"] is not None:
-        print(
-            f"  speed  {facts['images_per_s']:.1f} images/s after the first batch: {facts['ranks']} x "
-            f"{facts['device']}, {facts['precision']}, {facts['batch_size']} images a pass"
-        )
+    speed(facts, "  speed  ", f", {facts['batch_size']} images a pass")
     rows = class_rows(counted, names)
     few = [row for row in rows if row["support"]][:SHOWN_CLASSES]
     print("\nclasses" if len(few) == len(rows) else f"\nthe {len(few)} worst of {len(rows)} classes")
     print_table(few)
     print("\nconfidence of the first guess")
     print_table([row for row in reliability_rows(counted) if row["images"]])
+
+
+def speed(facts: Facts, before: str, after: str = "") -> None:
+    """Prints how many images were evaluated in a second, where that is known, and on what."""
+    if facts["images_per_s"] is not None:
+        print(
+            f"{before}{facts['images_per_s']:.1f} images/s after the first batch: {facts['ranks']} x "
+            f"{facts['device']}, {facts['precision']}{after}"
+        )
+
+
+def write_pictures(out: Path, pictures: Mapping[int, np.ndarray]) -> None:
+    """Writes uint8 (H, W, 3) pictures as PNG files that are named after their sample ids. Raises OSError."""
+    from PIL import Image
+
+    for sample, drawn in pictures.items():
+        (out / "pictures").mkdir(exist_ok=True)
+        Image.fromarray(drawn).save(out / "pictures" / f"{sample}.png")
 
 
 def print_table(rows: Sequence[Row]) -> None:

@@ -52,7 +52,7 @@ def confusion(counts: np.ndarray, names: Sequence[str] = ()) -> np.ndarray:
     draw = ImageDraw.Draw(canvas)
     draw.rectangle((left - 1, top - 1, left + len(body), top + len(body)), outline=SOFT)
     draw.text((left, 12), f"{int(np.trace(counts)):,} of {int(counts.sum()):,} right", INK, font(22))
-    draw.text((left, 40), "share of the class's images: blue right, red wrong (square root)", SOFT, font(14))
+    draw.text((left, 40), "share of each class: blue right, red wrong (square root)", SOFT, font(14))
     for i in range(0, classes, 1 if classes <= NAMED_CLASSES else nice_step(classes)):
         middle, below = round((i + 0.5) * cell), top + len(body) + 8
         draw.text((left - 8, top + middle), names[i], INK, small, anchor="rm")
@@ -67,7 +67,8 @@ def confusion(counts: np.ndarray, names: Sequence[str] = ()) -> np.ndarray:
             if count:
                 colour = WHITE if share[row, column] > 0.6 else INK
                 at = (left + (column + 0.5) * cell, top + (row + 0.5) * cell)
-                draw.text(at, f"{int(count)}", colour, font(min(20, cell * 0.36)), anchor="mm")
+                text = f"{int(count)}"
+                draw.text(at, text, colour, font(min(20, cell * 0.36, cell * 1.6 / len(text))), anchor="mm")
     return np.asarray(canvas)
 
 
