@@ -12,6 +12,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dgt.models import DenseNetwork
 from dgt.training.pieces import Piece, Pieces, piece_of
 
 OptimizerName = Literal[
@@ -39,8 +40,8 @@ class OptimizerConfig:
     name: OptimizerName = "adamw"
     """adamw (Loshchilov and Hutter, arXiv 1711.05101), adam, nadamw, sgd (with Nesterov momentum), lamb (1904.00962),
     lars (1708.03888), lion (2302.06675), adan (2208.06677), muon (2502.16982: matrices and convolutions are
-    orthogonalised, at AdamW's scale; biases, norms, depth-wise convolutions and the classifier take AdamW), and apex's
-    fused_adamw and fused_lamb, where it is installed."""
+    orthogonalised, at AdamW's scale; biases, norms, depth-wise convolutions and the classifier, or all heads of a dense
+    task, take AdamW), and apex's fused_adamw and fused_lamb, where it is installed."""
     lr: float = 1e-3
     """Peak learning rate, for the global batch size as configured (it is not scaled)."""
     weight_decay: float = 0.05
@@ -104,8 +105,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     if config.name in ("lamb", "fused_lamb"):
         options["max_grad_norm"] = float("inf")  # the engine clips, and knows the norm before
     if config.name == "muon":
-        classifier = getattr(model, "pretrained_cfg", {}).get("classifier")
-        options["fallback_list"] = [f"{classifier}.*"] if isinstance(classifier, str) else []
+        options["fallback_list"] = [f"{name}.*" for name in answering(model)]
     return create_optimizer_v2(
         model,
         opt=config.name.replace("_", ""),
@@ -114,6 +114,15 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         layer_decay=config.layer_decay if config.layer_decay < 1 else None,
         **options,
     )
+
+
+def answering(model: nn.Module) -> list[str]:
+    """Modules that Muon leaves to AdamW: the classifier; of a dense network all but the backbone, as its heads end in
+    classifiers and regressions, and are drawn anew where the backbone is not."""
+    if isinstance(model, DenseNetwork):
+        return [name for name, _ in model.named_children() if name != "backbone"]
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier")
+    return [classifier] if isinstance(classifier, str) else []
 
 
 def check_optimizer(config: OptimizerConfig, sharded: bool) -> None:
