@@ -10,7 +10,7 @@ import torch
 
 from data_pipeline.augment import parse_rand_augment
 from dgt.config import Config, load
-from dgt.tasks import build_task
+from dgt.tasks import ClassificationConfig, build_task
 from dgt.training.optim import build_optimizer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -55,6 +55,16 @@ def test_the_numbers_are_those_that_a_recipes_comment_names(
     assert (config.steps.epochs, config.steps.global_batch_size) == (epochs, batch)
 
 
+@pytest.mark.parametrize("size", "tsb")
+def test_segmentation_of_ade20k_follows_the_recipe_with_which_backbones_are_compared(size: str) -> None:
+    config = load(RECIPES[f"upernet_dgt_{size}_ade20k"])
+    assert (config.steps.total_steps, config.steps.global_batch_size, config.data.num_classes) == (160_000, 16, 150)
+    assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.betas) == (6e-5, 0.01, (0.9, 0.999))
+    assert (config.schedule.decay, config.schedule.power, config.schedule.warmup_steps) == ("polynomial", 1.0, 1500)
+    assert (config.data.segmentation.crop_size, config.data.segmentation.scale) == (512, (0.5, 2.0))
+    assert config.steps.share(8) == config.steps.micro_batch_size == 2
+
+
 @pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if load(path).start.path])
 def test_a_fine_tuning_recipe_starts_from_a_run_of_a_recipe_whose_network_it_fits(name: str) -> None:
     config = load(RECIPES[name])
@@ -71,7 +81,12 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if load(path).task.distillation.teacher])
+def teacher(path: Path) -> str:
+    task = load(path).task
+    return task.distillation.teacher if isinstance(task, ClassificationConfig) else ""
+
+
+@pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if teacher(path)])
 def test_a_teacher_is_one_that_timm_knows_with_the_same_classes(name: str) -> None:
     config = load(RECIPES[name])
     assert timm.get_pretrained_cfg(config.task.distillation.teacher).num_classes == config.data.num_classes
