@@ -101,7 +101,7 @@ class LabelledImages:
             batch.changes[slot] = changes or UNCHANGED
 
     def clear(self, batch: Batch, slot: int) -> None:
-        batch.images[slot].zero_()
+        batch.images[slot].numpy()[...] = 0
         batch.labels[slot] = 0
 
 

@@ -18,7 +18,7 @@ from data_pipeline.shards.source import DataError, RawSample, Source
 from data_pipeline.targets.check import TargetCheck, target_check
 from data_pipeline.targets.fault import TargetError
 from data_pipeline.targets.masks import MaskLabels, class_table
-from data_pipeline.targets.objects import ImageObjects
+from data_pipeline.targets.objects import ImageObjects, ObjectLabels
 
 NOTHING_SIDE = 64
 """Height and width of the black image in a place of an evaluation that does not count."""
@@ -54,6 +54,8 @@ class Objects:
         check = target_check("detection", num_classes, meaning)
         assert check is not None
         self._check = check
+        self.masks = ObjectLabels.from_json(num_classes, meaning).masks
+        """Whether objects have masks; otherwise boxes are all there is."""
 
     def of(self, sample: RawSample, size: Size) -> ImageObjects:
         """The objects, checked against the size of the upright image. Raises TargetError."""

@@ -45,13 +45,16 @@ class DetectionTraining:
         pixels = pixels_of(resized(whole(picture, size), size))
         image[: size[0], : size[1]] = pixels[:, ::-1] if mirrored else pixels
         image[size[0] :] = image[: size[0], size[1] :] = mean_colour(self.config)
-        batch.sizes[slot], batch.targets[slot] = size, instances(found, size, mirrored=mirrored)
+        batch.sizes[slot], batch.targets[slot] = (
+            size,
+            instances(found, size, mirrored=mirrored, with_masks=self.targets.masks),
+        )
 
     def clear(self, batch: Batch, slot: int) -> None:
-        batch.images[slot].zero_()
+        batch.images[slot].numpy()[...] = 0
 
 
-def instances(found: ImageObjects, size: Size, *, mirrored: bool) -> Instances:
+def instances(found: ImageObjects, size: Size, *, mirrored: bool, with_masks: bool = True) -> Instances:
     """What an image teaches once it is resized to (height, width) `size` and, if so, mirrored.
 
     Boxes are cut at the border. Crowds, and objects less than a pixel wide or high before or after resizing, are left
@@ -68,7 +71,6 @@ def instances(found: ImageObjects, size: Size, *, mirrored: bool) -> Instances:
     boxes = boxes[kept]
     things = [candidates[number][0] for number in kept]
     labels = np.array([thing.category for thing in things], np.int64)
-    with_masks = all(thing.segmentation is not None for thing in found.objects)
     return Instances(boxes, labels, _masks(things, boxes, found.size, size, mirrored) if with_masks else None)
 
 

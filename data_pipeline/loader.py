@@ -139,7 +139,8 @@ class Loader:
         """Go on where `state` was saved; a running iteration ends.
 
         World size, batch size, threads and augmentation may have changed: what remains is order[consumed:], cut into
-        batches from there. Raises DataError where the order would not be the same: another data set, seed or mode.
+        batches from there. Raises DataError where the order would not be the same: another data set, seed or mode, and
+        another global batch size in training for detection, whose order is made of batches.
         """
         expected = {**self.state_dict(), "epoch": state.get("epoch"), "consumed": state.get("consumed")}
         reasons = {
@@ -350,9 +351,7 @@ def open_split(config: DataConfig, split: str, kind: Kind = "classification") ->
     Raises DataError where the data cannot be used, or teaches something else.
     """
     if kind != "classification" and config.backend != "webdataset":
-        raise DataError(
-            f"data.backend '{config.backend}' has images with classes and nothing for {kind}: use webdataset"
-        )
+        raise DataError(f"data.backend '{config.backend}' has nothing for {kind}: use webdataset")
     if config.backend == "synthetic":
         from data_pipeline.synthetic import SyntheticSource
 

@@ -57,7 +57,7 @@ class SegmentationTraining:
         batch.sizes[slot], batch.targets[slot] = crop, target
 
     def clear(self, batch: Batch, slot: int) -> None:
-        batch.images[slot].zero_()
+        batch.images[slot].numpy()[...] = 0
 
     def _crop(self, classes: Image, size: Size, crop: Size, draws: npt.NDArray[np.float64]) -> tuple[Box, Image]:
         """The box of the resized image, and the classes in it, (*crop,)."""
