@@ -30,6 +30,8 @@ PICTURES = 4
 """Evaluated images that are drawn with their classes: those with the lowest sample ids."""
 
 _STRIDE, _AUXILIARY_STRIDE = 4, 16
+_KEPT = 2**22
+"""Logits of a crop that are kept for the backward pass rather than made again: 16 MiB."""
 _STAND_IN = (64, 64)
 """Height and width of the black image that is answered in an invalid place."""
 
@@ -87,22 +89,25 @@ class Segmentation:
         """(n,) float32: loss of each sample.
 
         One sample's logits at the size of the crop are 157 MB (150 classes, 512 x 512), and so are their gradient and
-        what the softmax keeps. They are made for one sample at a time, and made again in the backward pass.
+        what the softmax keeps. They are made for one sample at a time, and where they are large, made again in the
+        backward pass.
 
         Args:
             logits: (n, classes, H / stride, W / stride).
             targets: (n, H, W) uint8 class maps.
             stride: pixels per cell of the logits.
         """
+        large = logits.shape[1] * targets[0].numel() > _KEPT
+        losses = []
         with float32_arithmetic(logits):
-            return torch.stack(
-                [
-                    checkpoint(
-                        self.sample_loss, one.float(), target, stride, use_reentrant=False, preserve_rng_state=False
-                    )
-                    for one, target in zip(logits, targets, strict=True)
-                ]
-            )
+            for one, target in zip(logits, targets, strict=True):
+                inputs = (one.float().contiguous(), target, stride)
+                losses.append(
+                    checkpoint(self.sample_loss, *inputs, use_reentrant=False, preserve_rng_state=False)
+                    if large
+                    else self.sample_loss(*inputs)
+                )
+        return torch.stack(losses)
 
     def sample_loss(self, logits: Tensor, target: Tensor, stride: int) -> Tensor:
         """Mean over *all* pixels of the cross-entropy, which is 0 where nothing is labelled or a pixel is too easy.
@@ -110,14 +115,12 @@ class Segmentation:
         That is how the field normalises (mmsegmentation's default, with and without hard example mining): a crop that
         is half unlabelled counts half.
         """
-        classes = target.flatten().long()
-        scores = enlarge(logits[None], stride, (target.shape[0], target.shape[1]))[0]
-        # (pixels, classes): the loss of a list repeats bit for bit on a GPU, that of a map does not
-        losses = F.cross_entropy(
-            scores.permute(1, 2, 0).reshape(len(classes), -1), classes, ignore_index=IGNORED, reduction="none"
-        )
-        factor = self.pixel_weights(losses.detach(), classes)
-        return (losses if factor is None else losses * factor).sum() / len(classes)
+        classes = target.long()
+        scores = enlarge(logits[None], stride, (target.shape[0], target.shape[1]))
+        # without a reduction: CUDA's own sums and means over maps do not repeat bit for bit
+        losses = F.cross_entropy(scores, classes[None], ignore_index=IGNORED, reduction="none").flatten()
+        factor = self.pixel_weights(losses.detach(), classes.flatten())
+        return (losses if factor is None else losses * factor).sum() / len(losses)
 
     def pixel_weights(self, losses: Tensor, classes: Tensor) -> Tensor | None:
         """(pixels,) factors from the class weights and hard example mining; None where there are neither."""

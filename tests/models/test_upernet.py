@@ -24,9 +24,18 @@ def images(n: int, height: int, width: int) -> Tensor:
     return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def any_map(layout: torch.memory_format) -> Tensor:
+    """(2, 3, 7, 5) float64 that requires a gradient."""
+    return torch.randn(2, 3, 7, 5, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("cells", [1, 2, 3, 6, 8])
-def test_pooling_takes_the_means_that_adaptive_pooling_takes(cells: int) -> None:
-    x = torch.randn(2, 3, 7, 5, dtype=torch.float64, requires_grad=True)
+def test_pooling_takes_the_means_that_adaptive_pooling_takes(cells: int, layout: torch.memory_format) -> None:
+    x = any_map(layout)
     torch.testing.assert_close(pool(x, cells), F.adaptive_avg_pool2d(x, cells))
     weight = torch.randn(2, 3, cells, cells, dtype=torch.float64)
     ours = torch.autograd.grad((pool(x, cells) * weight).sum(), x)
@@ -34,9 +43,10 @@ def test_pooling_takes_the_means_that_adaptive_pooling_takes(cells: int) -> None
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(7, 5), (14, 10), (19, 33), (3, 4), (1, 1)])
-def test_resizing_is_bilinear_interpolation(size: tuple[int, int]) -> None:
-    x = torch.randn(2, 3, 7, 5, dtype=torch.float64, requires_grad=True)
+def test_resizing_is_bilinear_interpolation(size: tuple[int, int], layout: torch.memory_format) -> None:
+    x = any_map(layout)
     expected = F.interpolate(x, size=size, mode="bilinear")
     torch.testing.assert_close(resize(x, size), expected)
     weight = torch.randn(expected.shape, dtype=torch.float64)
