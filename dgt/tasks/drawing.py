@@ -113,7 +113,8 @@ def class_map(image: Picture, classes: npt.NDArray[np.uint8], names: Sequence[st
     height, width = drawn.shape[:2]
     scaled = np.asarray(Image.fromarray(classes).resize((width, height), Image.Resampling.NEAREST))
     known = scaled != IGNORED
-    over = np.where(known[..., None], 0.45 * drawn + 0.55 * colours(256)[scaled], drawn)
+    grey = np.asarray(Image.fromarray(drawn).convert("L"))[..., None]  # so that colours are those of the legend
+    over = np.where(known[..., None], 0.45 * grey + 0.55 * colours(256)[scaled], drawn)
     border = np.zeros((height, width), bool)  # between two classes
     border[:, :-1] |= scaled[:, :-1] != scaled[:, 1:]
     border[:-1] |= scaled[:-1] != scaled[1:]
