@@ -31,16 +31,19 @@ class Buffers:
         self._pin = torch.cuda.is_available()
 
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """A uint8 tensor of this shape with undefined content. Memory for tensors of another size is let go."""
+        """A uint8 tensor of this shape with undefined content.
+
+        It may be a part of larger memory; memory that is too small is let go.
+        """
         if self._pin:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         size = math.prod(shape)
-        if size != self._bytes:
+        if size > self._bytes:
             self._bytes, self._free = size, deque(maxlen=self._kept)
         try:
             memory = self._free.pop()
         except IndexError:
-            memory = np.empty(size, np.uint8)
-        lent = memory.view()  # an object of its own, which the tensor keeps alive and whose death is noticed
+            memory = np.empty(self._bytes, np.uint8)
+        lent = memory[:size]  # an object of its own, which the tensor keeps alive and whose death is noticed
         weakref.finalize(lent, self._free.append, memory).atexit = False
         return torch.from_numpy(lent).view(shape)

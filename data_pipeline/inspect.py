@@ -27,7 +27,18 @@ from data_pipeline.verify.betons import holds_betons, number_of_classes
 from data_pipeline.verify.cli import local_set
 
 _COLUMNS = ("size", "label", "width", "height", "subsampling", "orientation", "rows_count", "target_size")
-_GRID_OPTIONS = ("split", "rows", "columns", "epoch", "seed", "image_size", "evaluation", "config", "set_values")
+_GRID_OPTIONS = (
+    "split",
+    "rows",
+    "columns",
+    "epoch",
+    "seed",
+    "image_size",
+    "training",
+    "evaluation",
+    "config",
+    "set_values",
+)
 _MOST = 10_000
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _SHOWN_CLASSES = 20
@@ -39,6 +50,7 @@ The overview reads the indexes only, and says which files are missing or have an
 
   python -m data_pipeline.inspect SET --grid out.png --config configs/dgt_s_in1k.yaml
   python -m data_pipeline.inspect SET --grid out.png --set augment.rand_augment=rand-m9-mstd0.5-inc1 image_size=160
+  python -m data_pipeline.inspect SET --grid out.png --training --set segmentation.crop_size=256
 
 exit codes: 0 done, and all files are there; 1 something is missing, or there is no such set; 2 wrong usage.
 """
@@ -225,6 +237,12 @@ def _draw_grid(arguments: argparse.Namespace) -> int:
             if index.kind == "classification":
                 config = replace(config, backend="webdataset", path=str(folder), num_classes=len(index.classes))
                 picture = draw_samples(_resized(config, arguments.image_size), sheet)
+            elif arguments.training:
+                from data_pipeline.grid_dense import draw_training
+
+                picture = draw_training(
+                    replace(config, path=str(folder), num_classes=len(index.classes)), index.kind, sheet
+                )
             else:
                 picture = draw_targets(folder, index, sheet, arguments.image_size)
     except ValueError as error:
@@ -260,6 +278,11 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--epoch", type=int, default=0, metavar="N", help="whose order and augmentation; default 0")
     grid.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     grid.add_argument("--image-size", type=_count, metavar="PIXELS", help="in place of the configuration's")
+    grid.add_argument(
+        "--training",
+        action="store_true",
+        help="a set for a dense task, too, as training sees it: cropped, resized and mirrored",
+    )
     grid.add_argument(
         "--evaluation", action="store_true", help="as evaluation sees the images: central crop, no augmentation"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -24,9 +25,10 @@ from dense_sets import (
     segmentation_set,
 )
 from PIL import Image
+from servers import serving
 
 from data_pipeline.batch import Batch
-from data_pipeline.config import AugmentConfig, DataConfig, Kind
+from data_pipeline.config import AugmentConfig, CacheConfig, DataConfig, Kind
 from data_pipeline.dense_geometry import fitted
 from data_pipeline.loader import Loader, build_loader, open_split
 from data_pipeline.order import Batching
@@ -280,6 +282,28 @@ def test_sizes_are_those_of_upright_images(tmp_path: Path) -> None:
     sizes = source.sizes()
     assert (sizes.shape, sizes.dtype) == ((4, 2), np.int32)
     assert {source.read(number).key: tuple(size) for number, size in enumerate(sizes.tolist())} == upright
+
+
+def test_sizes_of_a_remote_set_are_read_from_its_indexes_alone(configs, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    config = configs["detection"]
+    with serving(Path(config.path)) as server:
+        cache = CacheConfig(folder=str(tmp_path / "cache"))
+        with contextlib.closing(
+            open_source(replace(config, path=server.url, cache=cache), "train", "detection")
+        ) as source:
+            sizes = source.sizes()
+    assert sizes.tolist() == open_source(config, "train", "detection").sizes().tolist()
+    fetched = sorted(path.suffix for path in (tmp_path / "cache").iterdir() if path.suffix in (".idx", ".tar"))
+    assert fetched == [".idx"] * 4
+
+
+def test_the_index_of_another_shard_is_refused_when_sizes_are_read(configs, tmp_path: Path) -> None:
+    folder = shutil.copytree(configs["segmentation"].path, tmp_path / "copy")
+    shutil.copyfile(folder / "train" / "shard-000000.idx", folder / "train" / "shard-000001.idx")
+    source = open_source(replace(configs["segmentation"], path=str(folder)), "train", "segmentation")
+    with pytest.raises(DataError, match=r"train/shard-000001.idx belongs to another shard: prepare or copy"):
+        source.sizes()
 
 
 def test_settings_and_sources_that_do_not_fit_are_refused(configs) -> None:

@@ -290,7 +290,17 @@ def test_memory_comes_back_when_the_last_tensor_over_it_dies_and_not_before() ->
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pinned memory is recycled by torch")
-def test_memory_of_another_size_and_of_a_hoard_is_let_go() -> None:
+def test_a_smaller_tensor_takes_a_part_of_the_memory_of_a_larger_one() -> None:
+    buffers = Buffers(kept=2)
+    address = buffers.take((4, 5)).data_ptr()
+    smaller = buffers.take((3, 5))
+    assert (smaller.data_ptr(), smaller.shape) == (address, (3, 5))
+    del smaller
+    assert buffers.take((4, 5)).data_ptr() == address
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pinned memory is recycled by torch")
+def test_memory_that_is_too_small_and_of_a_hoard_is_let_go() -> None:
     buffers = Buffers(kept=2)
     hoard = [buffers.take((8,)) for _ in range(5)]
     addresses = {tensor.data_ptr() for tensor in hoard}
