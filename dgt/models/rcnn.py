@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from dgt.models.build import ModelConfig
 from dgt.models.dense import STRIDES, DenseNetwork
@@ -32,6 +32,17 @@ COUNTED_REGIONS, COUNTED_MASKS = 1000, 100
 _NORM_GROUPS = 32  # GroupNorm, arXiv 1803.08494, table 3
 
 
+class EverySecond(ExtraFPNBlock):
+    """The pyramid's last level: every second cell of the one before, as torchvision's `LastLevelMaxPool`.
+
+    That is a pooling of single cells, whose backward pass on a GPU is not there for who wants it to repeat bit for bit.
+    """
+
+    def forward(self, x: list[Tensor], y: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """Appends a level to `x` and its name to `names`; `y` are the maps that the pyramid was made of."""
+        return [*x, x[-1][..., ::2, ::2]], [*names, str(len(names))]
+
+
 class RCNN(DenseNetwork):
     """A detector; `heads` are gathered whole one after the other."""
 
@@ -42,7 +53,7 @@ class RCNN(DenseNetwork):
         dims = list(self.backbone.arch.embed_dims)
         self.options = options
         self.num_classes = num_classes
-        self.fpn = FeaturePyramidNetwork(dims, options.fpn_channels, LastLevelMaxPool(), norm)
+        self.fpn = FeaturePyramidNetwork(dims, options.fpn_channels, EverySecond(), norm)
         self.rpn = ProposalNetwork(options.fpn_channels, options.rpn)
         self.roi_heads = RegionHeads(options, num_classes, norm)
 

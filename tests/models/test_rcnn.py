@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -86,9 +87,10 @@ class TheirSampler:
 
 def torchvisions(net: RCNN, keys: Tensor) -> tuple[RegionProposalNetwork, torchvision_heads.RoIHeads]:
     """torchvision's own network of proposals and its heads, with the weights, RoIAlign and draws of `net`."""
+    options = net.options
     rpn = RegionProposalNetwork(
         AnchorGenerator(tuple((side,) for side in RPN.anchor_sizes), (RPN.aspect_ratios,) * 5), net.rpn.head,
-        0.7, 0.3, RPN.anchors_per_image, 0.5, {"training": RPN.pre_nms, "testing": RPN.pre_nms // 2},
+        0.7, 0.3, options.rpn.anchors_per_image, 0.5, {"training": RPN.pre_nms, "testing": RPN.pre_nms // 2},
         {"training": RPN.post_nms, "testing": RPN.post_nms}, RPN.nms_threshold,
     )  # fmt: skip
     rpn.fg_bg_sampler = TheirSampler(net.rpn.fg_bg_sampler, keys)
@@ -104,22 +106,23 @@ def torchvisions(net: RCNN, keys: Tensor) -> tuple[RegionProposalNetwork, torchv
         def forward(self, masks: Tensor) -> Tensor:
             return torch.cat([torch.zeros_like(masks[:, :1]), masks], dim=1)
 
-    options = net.options
     heads = torchvision_heads.RoIHeads(
-        pooled(ours.box_pool), ours.box_heads[0].head, ours.box_heads[0].predictor, 0.5, 0.5, HEADS.rois_per_image,
-        HEADS.positive_share, None, options.score_threshold, options.nms_threshold, options.max_detections,
+        pooled(ours.box_pool), ours.box_heads[0].head, ours.box_heads[0].predictor, 0.5, 0.5,
+        options.heads.rois_per_image, options.heads.positive_share, None,
+        options.score_threshold, options.nms_threshold, options.max_detections,
         pooled(ours.mask_pool), ours.mask_head, WithBackground(),
     )  # fmt: skip
     heads.fg_bg_sampler = TheirSampler(ours.sampler, keys)
     return rpn, heads
 
 
-@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize(("number", "draws"), [(0, 16), (2, 5000)], ids=["some drawn", "more drawn than there are"])
 def test_an_images_losses_are_torchvisions_where_the_same_anchors_and_regions_are_drawn(
-    number: int, monkeypatch: pytest.MonkeyPatch
+    number: int, draws: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torchvision_heads, "roi_align", partial(roi_align, aligned=True))
-    net, size, target, keys = build(), SIZES[number], TARGETS[number], KEYS[number : number + 1]
+    net = build(rpn=replace(RPN, anchors_per_image=draws), heads=replace(HEADS, rois_per_image=draws))
+    size, target, keys = SIZES[number], TARGETS[number], KEYS[number : number + 1]
     image = images(1)
     image[..., size[0] :, :] = image[..., size[1] :] = 0
     ours = net(image, [size], [target], keys)
@@ -347,10 +350,20 @@ def test_a_cascades_stages_ask_for_more_and_more_overlap_and_weigh_less() -> Non
     parts = []
     for i in range(3):
         weights = [float(i == j) for j in range(3)]
-        other = build("cascade_mask_rcnn", heads=HeadsConfig(**{**vars(HEADS), "cascade_weights": weights}))
+        other = build("cascade_mask_rcnn", heads=replace(HEADS, cascade_weights=weights))
         parts.append(other(images(1), SIZES[:1], TARGETS[:1], KEYS[:1])["box_class"])
     torch.testing.assert_close(total, parts[0] + 0.5 * parts[1] + 0.25 * parts[2])
     assert all(part > 0 for part in parts)
+
+
+def test_boxes_are_passed_on_without_gradient() -> None:
+    net = build("cascade_mask_rcnn")
+    maps = net.pyramid(images(1))
+    proposed = net.rpn(maps, [CANVAS])
+    regions = [own[0] for _, own, *_ in net.roi_heads.passes(maps[:4], [proposed.boxes[0]], [CANVAS])]
+    assert len(regions) == 3
+    assert proposed.deltas.requires_grad
+    assert not any(own.requires_grad for own in regions)
 
 
 def test_under_autocast_boxes_and_losses_stay_float32() -> None:
