@@ -129,9 +129,9 @@ class Segmentation:
             weights = losses.new_tensor(self.config.class_weights)
             factor = weights[classes.clamp(max=len(weights) - 1)]
         if self.config.ohem_threshold > 0:
-            labelled = torch.where(classes == IGNORED, -1.0, losses)
-            least = min(self.config.ohem_min_kept, len(labelled))
-            hard = (losses > -math.log(self.config.ohem_threshold)) | (labelled >= labelled.topk(least).values[-1])
+            # what is not labelled has a loss of 0 and is the last to be kept
+            least = losses.topk(min(self.config.ohem_min_kept, len(losses))).values[-1]
+            hard = (losses > -math.log(self.config.ohem_threshold)) | (losses >= least)
             factor = hard.to(losses.dtype) if factor is None else factor * hard
         return factor
 

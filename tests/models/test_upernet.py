@@ -24,6 +24,11 @@ def images(n: int, height: int, width: int) -> Tensor:
     return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
