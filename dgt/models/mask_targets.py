@@ -80,7 +80,7 @@ def axis_weights(ranges: Tensor, extent: int, origins: Tensor, span: int, cells:
     low = at.floor()
     weights = ranges.new_zeros(len(ranges) * cells * span)
     place = torch.arange(len(ranges) * cells, device=ranges.device).view(-1, cells, 1) * span
-    for pixel, share in ((low, 1 - (at - low)), ((low + 1).clamp(max=extent - 1), at - low)):
+    for pixel, share in ((low, 1 - (at - low)), (low + 1, at - low)):
         index = (pixel - origins[:, None, None]).long()
         inside = (index >= 0) & (index < span)
         weights.scatter_add_(0, (place + index.clamp(0, span - 1)).flatten(), (weight * share * inside).flatten())

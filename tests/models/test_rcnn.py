@@ -354,6 +354,11 @@ def test_a_cascades_stages_ask_for_more_and_more_overlap_and_weigh_less() -> Non
         parts.append(other(images(1), SIZES[:1], TARGETS[:1], KEYS[:1])["box_class"])
     torch.testing.assert_close(total, parts[0] + 0.5 * parts[1] + 0.25 * parts[2])
     assert all(part > 0 for part in parts)
+    strict = build("cascade_mask_rcnn", heads=replace(HEADS, cascade_ious=(0.5, 0.6, 0.95), cascade_weights=(1, 1, 0)))
+    last = build("cascade_mask_rcnn", heads=replace(HEADS, cascade_ious=(0.5, 0.6, 0.95), cascade_weights=(0, 0, 1)))
+    losses = [other(images(1), SIZES[:1], TARGETS[:1], KEYS[:1])["box_class"] for other in (strict, last)]
+    torch.testing.assert_close(losses[0], parts[0] + parts[1])
+    assert not torch.allclose(losses[1], parts[2], rtol=1e-3), "the last stage has learned by its own overlap"
 
 
 def test_boxes_are_passed_on_without_gradient() -> None:
