@@ -75,9 +75,10 @@ def test_an_image_is_resized_normalised_and_padded_and_its_answer_is_in_its_own_
 
 def test_a_long_image_is_shrunk_until_its_long_side_fits() -> None:
     task, network = task_of(), Stub()
-    task.answer(network, image_of(30, 140))
-    assert network.seen[0][1] == [(15, 70)]
+    found = task.answer(network, image_of(31, 140))
+    assert network.seen[0][1] == [(16, 70)]
     assert network.seen[0][0].shape == (1, 3, 32, 96)
+    np.testing.assert_allclose(found.boxes, BOXES * torch.tensor([140 / 70, 31 / 16, 140 / 70, 31 / 16]), rtol=1e-6)
 
 
 def test_a_mask_is_looked_up_as_grid_sample_does_it_over_the_whole_image() -> None:
