@@ -191,7 +191,7 @@ class RegionHeads(nn.Module):
 
     def refined(self, regions: list[Tensor], deltas: Tensor, sizes: Sizes, stage: Stage) -> list[Tensor]:
         """The boxes that a stage of a cascade makes of its regions, without gradient."""
-        boxes = stage.coder.decode_single(deltas.detach(), torch.cat(regions)).view(-1, 4)
+        boxes = stage.coder.decode_single(deltas.detach(), torch.cat(regions)).nan_to_num()
         parts = boxes.split([len(own) for own in regions])
         return [clip_boxes_to_image(own, size) for own, size in zip(parts, sizes, strict=True)]
 
@@ -225,7 +225,7 @@ class RegionHeads(nn.Module):
         passes = list(self.passes(maps, regions, sizes))
         scores = torch.stack([logits.softmax(dim=-1) for _, _, logits, _ in passes]).mean(dim=0)
         stage, regions, _, deltas = passes[-1]
-        boxes = stage.coder.decode_single(deltas, torch.cat(regions)).view(len(deltas), -1, 4)
+        boxes = stage.coder.decode_single(deltas, torch.cat(regions)).unflatten(1, (-1, 4))
         counts = [len(own) for own in regions]
         found = [self.best(*parts) for parts in zip(boxes.split(counts), scores.split(counts), sizes, strict=True)]
         if self.mask_head is not None:
@@ -258,7 +258,7 @@ def box_losses(
 ) -> Tensor:
     """(n,): smooth L1 of each image's positive regions, summed and divided by the number of all its regions."""
     counts = [len(found.labels) for found in matched]
-    deltas = deltas.view(len(deltas), -1, 4)
+    deltas = deltas.unflatten(1, (-1, 4))
     losses = []
     for own, boxes, found, truth in zip(deltas.split(counts), regions, matched, truths, strict=True):
         positive = torch.where(found.labels > 0)[0]

@@ -86,7 +86,8 @@ class ProposalNetwork(RegionProposalNetwork):
         logits, deltas = logits.to(dtype), deltas.to(dtype)
         anchors = self.anchor_generator.of_maps([tuple(shape[1:]) for shape in shapes], dtype, logits.device)
         n = len(maps[0])
-        boxes = self.box_coder.decode(deltas.detach(), [anchors] * n).view(n, -1, 4)
+        # A network that diverges answers nan. Its loss says so; a box becomes a point, which is not proposed.
+        boxes = self.box_coder.decode(deltas.detach(), [anchors] * n).view(n, -1, 4).nan_to_num()
         found, _ = self.filter_proposals(boxes, logits, list(sizes), [shape.numel() for shape in shapes])
         return Proposed(anchors, logits.view(n, -1), deltas.view(n, -1, 4), found)
 

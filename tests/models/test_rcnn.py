@@ -361,6 +361,20 @@ def test_a_cascades_stages_ask_for_more_and_more_overlap_and_weigh_less() -> Non
     assert not torch.allclose(losses[1], parts[2], rtol=1e-3), "the last stage has learned by its own overlap"
 
 
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_a_network_that_has_diverged_has_a_loss_that_says_so_and_finds_nothing(detector: str) -> None:
+    net = build(detector)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(torch.nan)
+    targets = [TARGETS[0], instances(0, 0, SIZES[0])]
+    losses = net(images(2), SIZES[:1] * 2, targets, KEYS[:2])
+    assert losses["rpn_objectness"].isnan().all()
+    torch.stack(list(losses.values())).sum().backward()
+    with torch.no_grad():
+        assert len(net.eval()(images(1), SIZES[:1])[0]["boxes"]) == 0
+
+
 def test_boxes_are_passed_on_without_gradient() -> None:
     net = build("cascade_mask_rcnn")
     maps = net.pyramid(images(1))
