@@ -65,6 +65,26 @@ def test_segmentation_of_ade20k_follows_the_recipe_with_which_backbones_are_comp
     assert config.steps.share(8) == config.steps.micro_batch_size == 2
 
 
+@pytest.mark.parametrize("size", "tsb")
+@pytest.mark.parametrize("detector", ["mask_rcnn", "cascade_mask_rcnn"])
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "milestones", "sides"),
+    [("1x", 12, (8, 11), (800,)), ("3x", 36, (27, 33), tuple(range(480, 801, 32)))],
+)
+def test_detection_on_coco_follows_the_recipe_with_which_backbones_are_compared(
+    size: str, detector: str, schedule: str, epochs: int, milestones: tuple[int, ...], sides: tuple[int, ...]
+) -> None:
+    config = load(RECIPES[f"{detector}_dgt_{size}_coco_{schedule}"])
+    assert (config.task.detector, config.data.num_classes) == (detector, 80)
+    assert (config.steps.epochs, config.steps.global_batch_size) == (epochs, 16)
+    assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.betas) == (1e-4, 0.05, (0.9, 0.999))
+    assert (config.schedule.decay, config.schedule.milestones, config.schedule.gamma) == ("steps", milestones, 0.1)
+    assert (config.schedule.warmup_steps, config.data.augment.horizontal_flip) == (1000, 0.5)
+    detection = config.data.detection
+    assert (detection.short_sides, detection.long_side, detection.eval_short_side) == (sides, 1333, 800)
+    assert config.steps.share(8) == config.steps.micro_batch_size == 2
+
+
 @pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if load(path).start.path])
 def test_a_fine_tuning_recipe_starts_from_a_run_of_a_recipe_whose_network_it_fits(name: str) -> None:
     config = load(RECIPES[name])
