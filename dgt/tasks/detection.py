@@ -96,14 +96,15 @@ class Detection:
             findings.totals += 1
             findings.records[sample] = Judged(detected, batch.targets[place])
             if sample < PICTURES:
-                findings.pictures[sample] = self.picture(batch.images[place].numpy(), detected)
+                findings.pictures[sample] = self.picture(batch.images[place].numpy(), findings.records[sample])
         return findings
 
-    def picture(self, image: np.ndarray, detected: Detected) -> np.ndarray:
-        """uint8 (h, w, 3): the likely detections drawn onto their image."""
+    def picture(self, image: np.ndarray, judged: Judged) -> np.ndarray:
+        """uint8 (h, w, 3): what is annotated, and beside it the likely detections, drawn onto their image."""
         from dgt.tasks import drawing
 
-        return drawing.detections(image, detected, self.names)
+        annotated = drawing.objects(image, judged.truth, self.names)
+        return drawing.beside([annotated, drawing.detections(image, judged.detected, self.names)])
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:

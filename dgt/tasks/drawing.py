@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipeline.targets import rle
 from data_pipeline.targets.instances import Instances
 from data_pipeline.targets.masks import IGNORED
+from data_pipeline.targets.objects import ImageObjects
 from dgt.tasks.detections import Detected
 
 Picture = npt.NDArray[np.uint8]
@@ -162,6 +164,28 @@ def instances(image: Picture, targets: Instances, names: Sequence[str], longest:
     return _instances(image, shapes, names, longest)
 
 
+def objects(image: Picture, truth: ImageObjects, names: Sequence[str], longest: int = LONGEST) -> Picture:
+    """What is annotated on an image, without crowds; arguments as of `class_map`."""
+    shapes = []
+    for thing in truth.objects:
+        left, top, width, height = thing.box
+        if not thing.crowd:
+            box = (left, top, left + width, top + height)
+            shapes.append(Shape(box, thing.category, None, _covered(thing.segmentation, truth.size)))
+    return _instances(image, shapes, names, longest)
+
+
+def _covered(segmentation: Any, size: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
+    """The mask, (height, width), of polygons or a run-length encoding; None of neither."""
+    if segmentation is None or isinstance(segmentation, dict):
+        return None if segmentation is None else rle.decode(segmentation)
+    canvas = Image.new("1", (size[1], size[0]))
+    draw = ImageDraw.Draw(canvas)
+    for polygon in segmentation:  # Pillow's pixels have their centres at whole numbers, COCO's half a pixel further
+        draw.polygon([(x - 0.5, y - 0.5) for x, y in zip(polygon[::2], polygon[1::2], strict=True)], fill=1)
+    return np.array(canvas)
+
+
 def _instances(image: Picture, shapes: Sequence[Shape], names: Sequence[str], longest: int) -> Picture:
     """Masks, above them boxes, above them tags; the first shapes uppermost."""
     drawn, scale = fitted(image, longest)
@@ -181,7 +205,7 @@ def _instances(image: Picture, shapes: Sequence[Shape], names: Sequence[str], lo
     counts = np.bincount([shape.label for shape in shapes], minlength=1)
     present = sorted(np.flatnonzero(counts).tolist(), key=lambda c: (-counts[c], c))
     entries = [(SOFT if apart else _colour(c), f"{_name(c, names)}  {counts[c]}") for c in present]
-    return with_legend(np.asarray(picture), entries or [(WHITE, "nothing found" if shapes == [] else "")])
+    return with_legend(np.asarray(picture), entries or [(WHITE, "no objects")])
 
 
 def _fill(over: npt.NDArray[np.float32], shape: Shape, scale: float, tint: Colour) -> None:

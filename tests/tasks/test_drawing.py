@@ -8,9 +8,21 @@ import numpy as np
 import pytest
 
 from data_pipeline.targets.instances import Instances
+from data_pipeline.targets.objects import ImageObject, ImageObjects
 from dgt.tasks import drawing
 from dgt.tasks.detections import Detected
-from dgt.tasks.drawing import MARGIN, WHITE, class_map, colours, detections, fitted, guesses, instances, with_legend
+from dgt.tasks.drawing import (
+    MARGIN,
+    WHITE,
+    class_map,
+    colours,
+    detections,
+    fitted,
+    guesses,
+    instances,
+    objects,
+    with_legend,
+)
 
 NAMES = ["sky", "road", "car"]
 
@@ -124,6 +136,25 @@ def test_instances_of_training_have_masks_of_their_boxes_and_no_scores(written: 
     assert written == ["car", "car  1"]
     nothing = instances(grey(9, 9), Instances(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), ()), NAMES)
     assert nothing.shape[2] == 3
+
+
+def test_annotated_objects_are_drawn_with_polygons_and_run_lengths_but_not_crowds(written: list[str]) -> None:
+    left = ImageObject(1, 2, (10, 10, 100, 80), 8000, False, [[10, 10, 110, 10, 110, 90, 10, 90]])
+    mask = np.zeros((320, 320), bool)
+    mask[100:180, 200:300] = True
+    right = ImageObject(2, 1, (200, 100, 100, 80), 8000, False, as_text(mask))
+    crowd = ImageObject(3, 0, (0, 200, 300, 100), 30000, True, as_text(mask))
+    boxed = ImageObject(4, 0, (20, 200, 50, 50), 2500, False, None)
+    picture = objects(grey(320, 320), ImageObjects(7, "7.jpg", (320, 320), (left, right, crowd, boxed)), NAMES)
+    for top, bottom, first, last, label in ((10, 90, 10, 110, 2), (100, 180, 200, 300, 1)):
+        for y, x in ((top + 20, first + 5), (bottom - 4, last - 4), (top + 40, last - 5)):
+            assert at(picture, y, x) == blend(0.45, label)
+        assert at(picture, bottom - 1, last - 1) == colours(3)[label].tolist()
+        assert at(picture, bottom, last - 5) == at(picture, top + 20, last) == [100, 100, 100]
+    assert at(picture, 240, 60) == [100, 100, 100]
+    assert at(picture, 240, 20) == colours(1)[0].tolist()
+    assert at(picture, 299, 299) == [100, 100, 100]
+    assert sorted(written) == ["car", "car  1", "road", "road  1", "sky", "sky  1"]
 
 
 def test_of_a_single_class_every_instance_has_a_colour_of_its_own() -> None:
