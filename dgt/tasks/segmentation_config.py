@@ -33,6 +33,11 @@ class UPerNetConfig:
         for name in ("channels", "auxiliary_channels"):
             if getattr(self, name) % self.norm_groups:
                 raise ValueError(f"{name}: must be a multiple of norm_groups {self.norm_groups}")
+        if self.channels == self.norm_groups:
+            raise ValueError(
+                f"norm_groups: {self.norm_groups} leave one channel to a group, whose norm makes nothing of a map of "
+                "one cell, such as the mean of an image; take half as many or fewer"
+            )
         if not self.pool_scales or min(self.pool_scales) < 1:
             raise ValueError(f"pool_scales: must be numbers of cells, got {list(self.pool_scales)}")
         if not 0 <= self.dropout < 1:

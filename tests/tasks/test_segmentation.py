@@ -412,6 +412,7 @@ def test_options_that_cannot_work_are_refused() -> None:
     for options, name in (
         ({"channels": 30}, "channels"),
         ({"auxiliary_channels": 20}, "auxiliary_channels"),
+        ({"channels": 32, "auxiliary_channels": 32}, "norm_groups"),
         ({"dropout": 1.0}, "dropout"),
         ({"pool_scales": ()}, "pool_scales"),
         ({"auxiliary_weight": -1.0}, "auxiliary_weight"),
