@@ -19,6 +19,8 @@ from dense_weights import CATEGORIES, CLASSES, SIZES, mask_of
 from PIL import Image
 from ranks import run_ranks
 
+from dgt.config import load
+from dgt.training.trainer import train
 from launch import evaluate
 
 pytest.importorskip("pycocotools")
@@ -163,6 +165,21 @@ def test_detection_metrics_are_those_of_pycocotools_on_the_saved_files_on_any_nu
         for row in table:
             place = sorted(CATEGORIES).index(row["category_id"])
             assert row[f"{name}_ap"] == pytest.approx(100 * precision[:, :, place, 0].mean())
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_a_run_is_evaluated_to_the_metrics_that_training_ended_with(
+    task: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    file = request.getfixturevalue(task).with_suffix(".yaml")
+    overrides = [f"output_dir={tmp_path}", "name=short", "steps.max_steps=1", "monitor.tensorboard=false"]
+    train(load(file, overrides))
+    rows = [json.loads(line) for line in (tmp_path / "short" / "metrics.jsonl").read_text().splitlines()]
+    (logged,) = [row for row in rows if "val/samples" in row]
+    expected = {name.removeprefix("val/"): value for name, value in logged.items() if name.startswith("val/")}
+    assert {"segmentation": "miou", "detection": "mask_ap"}[task] in expected
+    found = program("--run", tmp_path / "short")
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_the_files_of_detection_speak_of_the_images_and_categories_of_the_data_set(
