@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     parser.add_argument("--task", choices=("segmentation", "detection"), required=True, help="masks, or objects")
     for name, default, metavar, what in (
-        ("--train", 1000, "N", "images to train on"),
+        ("--train", 2000, "N", "images to train on"),
         ("--val", 200, "N", "images held out"),
         ("--size", 128, "PX", "the images' long side in pixels"),
     ):

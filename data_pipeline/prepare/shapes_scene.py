@@ -32,8 +32,8 @@ BLOB, OTHER = -1, -2
 """Kinds beside the classes: a blob, whose class its key decides, and a crescent, which is of no class."""
 
 _EMPTY_PERCENT, _BLOB_PERCENT, _OTHER_PERCENT = 6, 35, 20
-_SHAPES = (2, 5)  # least and most
-_RADIUS_PERCENT = (11, 21)  # of the long side
+_SHAPES = (2, 4)  # least and most
+_RADIUS_PERCENT = (14, 26)  # of the long side
 _FAR_PERCENT = 45  # of the long side, from a blob's centre to its key's
 _SEEN_PERCENT = 60  # of an object's pixels in the image that others may not cover
 _LEAST_PIXELS = 40
