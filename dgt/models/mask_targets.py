@@ -1,10 +1,10 @@
 """What the mask head is to answer in each region: the object's mask, cut out and resized.
 
-The same as RoIAlign (arXiv 1703.06870, section 3) of one map of the whole image for each object. RoIAlign's samples
-form a grid, so that it is a product of three matrices: weights of rows, mask, weights of columns. Here the mask is the
-object's own crop, and memory does not grow with objects times image.
+The same as RoIAlign of one map of the whole image for each object. RoIAlign's samples form a grid, so that it is a
+product of three matrices: weights of rows, mask, weights of columns. Here the mask is the object's own crop, and memory
+does not grow with objects times image.
 
-A pixel's centre lies half a pixel from its corner (`aligned=True`, as in Detectron2 and mmdetection). torchvision's own
+A pixel's centre lies half a pixel from its corner, as in Detectron2 and mmdetection. torchvision's own
 Mask R-CNN leaves that out, here and where it draws masks: of an ellipse or rectangle 16 pixels wide, a perfect answer
 then comes back with an IoU of 0.88 instead of 1.
 """
@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from dgt.models.roi_align import samples
 
 
 def mask_targets(
@@ -58,9 +60,7 @@ def mask_targets(
 def axis_weights(ranges: Tensor, extent: int, origins: Tensor, span: int, cells: int) -> Tensor:
     """Weight of each of `span` pixels from `origins` on in each of the `cells` of each range: (p, cells, span).
 
-    Along one axis, and as torchvision's `roi_align` (sampling_ratio=-1, aligned=True) has it: a cell is the mean of as
-    many samples as pixels fall on it, rounded up; a sample lies between the centres of two pixels, and a pixel beyond
-    the image's `extent` there is nothing.
+    A cell is the mean of as many samples as pixels fall on it, rounded up.
 
     Args:
         ranges: (p, 2) float, begin and end in pixels.
@@ -69,19 +69,11 @@ def axis_weights(ranges: Tensor, extent: int, origins: Tensor, span: int, cells:
         span: pixels whose weights are asked for.
         cells: cells in a range.
     """
-    begin = ranges[:, 0, None, None] - 0.5
-    length = ranges[:, 1, None, None] - 0.5 - begin
-    samples = (length / cells).ceil().clamp(min=1)
-    cell = torch.arange(cells, device=ranges.device, dtype=ranges.dtype)[:, None]
-    sample = torch.arange(int(samples.max()), device=ranges.device, dtype=ranges.dtype)
-    at = begin + cell * (length / cells) + (sample + 0.5) * (length / cells) / samples  # (p, cells, most samples)
-    weight = ((sample < samples) & (at >= -1) & (at <= extent)) / samples
-    at = at.clamp(0, extent - 1)
-    low = at.floor()
+    count = ((ranges[:, 1] - ranges[:, 0]) / cells).ceil().clamp(min=1)
+    pixels, shares = samples(ranges, extent, cells, count)
+    index = pixels - origins[:, None, None, None].long()
+    inside = (index >= 0) & (index < span)
+    place = torch.arange(len(ranges) * cells, device=ranges.device).view(-1, cells, 1, 1) * span
     weights = ranges.new_zeros(len(ranges) * cells * span)
-    place = torch.arange(len(ranges) * cells, device=ranges.device).view(-1, cells, 1) * span
-    for pixel, share in ((low, 1 - (at - low)), (low + 1, at - low)):
-        index = (pixel - origins[:, None, None]).long()
-        inside = (index >= 0) & (index < span)
-        weights.scatter_add_(0, (place + index.clamp(0, span - 1)).flatten(), (weight * share * inside).flatten())
+    weights.scatter_add_(0, (place + index.clamp(0, span - 1)).flatten(), (shares * inside).flatten())
     return weights.view(-1, cells, span)

@@ -92,8 +92,8 @@ class RCNN(DenseNetwork):
         maps = self.pyramid(without_padding(images, sizes), sample_keys if self.training else None)
         proposed = self.rpn(maps, sizes)
         dtype = torch.promote_types(images.dtype, torch.float32)
-        # RoIAlign wants whole float32 maps with contiguous channels: made once here, and not in every call of it.
-        maps = [level.to(dtype).contiguous() for level in maps[: len(STRIDES)]]
+        # RoIAlign reads whole rows of channels in float32: made once here, and not in every call of it.
+        maps = [level.to(dtype).contiguous(memory_format=torch.channels_last) for level in maps[: len(STRIDES)]]
         if not self.training:
             return self.roi_heads.detections(maps, proposed.boxes, sizes)
         assert sample_keys is not None

@@ -18,20 +18,18 @@ from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes, roi_align
-from torchvision.ops.poolers import LevelMapper
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
-from dgt.models.dense import STRIDES
 from dgt.models.mask_targets import mask_targets
 from dgt.models.rcnn_config import RCNNConfig
 from dgt.models.region_sampling import REGION_DRAW, KeyedSampler
+from dgt.models.roi_align import RegionPool
 
 BOX_CELLS, MASK_CELLS = 7, 14
 """Cells a side into which a region is pooled for the box head and for the mask head, whose answer has twice as many."""
 
 _CODER_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
 _SMOOTH_L1_BETA = 1 / 9  # torchvision's, as in the first implementations of Faster R-CNN
-_SAMPLES = 2  # of RoIAlign per cell and axis
 _FLAT = 1e-2  # pixels; torchvision gives no detection that is narrower
 
 Sizes = Sequence[tuple[int, int]]
@@ -61,32 +59,6 @@ class Stage:
     """Of its losses."""
     coder: BoxCoder
     """Scale of its box regression."""
-
-
-class RegionPool(nn.Module):
-    """RoIAlign (arXiv 1703.06870) on the level of the pyramid that is fit for a region's size (1612.03144, eq. 1).
-
-    torchvision's `MultiScaleRoIAlign` does it, too, but takes a cell's corner for its centre, and guesses strides from
-    the first batch.
-    """
-
-    def __init__(self, cells: int) -> None:
-        super().__init__()
-        self.cells = cells
-        finest, *_, coarsest = (stride.bit_length() - 1 for stride in STRIDES)
-        self.level_of = LevelMapper(finest, coarsest)
-
-    def forward(self, maps: Sequence[Tensor], regions: Sequence[Tensor]) -> Tensor:
-        """Four maps (n, C, h, w) and of each image (r, 4) boxes in pixels -> (all regions, C, cells, cells)."""
-        images = torch.arange(len(regions), device=maps[0].device)
-        counts = torch.tensor([len(boxes) for boxes in regions], device=maps[0].device)
-        rois = torch.cat([images.repeat_interleave(counts)[:, None], torch.cat(list(regions))], dim=1)
-        levels = self.level_of(list(regions))
-        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], self.cells, self.cells)
-        for number, (level, stride) in enumerate(zip(maps, STRIDES, strict=True)):
-            here = torch.where(levels == number)[0]
-            pooled[here] = roi_align(level, rois[here], self.cells, 1 / stride, _SAMPLES, aligned=True)
-        return pooled
 
 
 class BoxHead(nn.Module):

@@ -22,7 +22,8 @@ from dgt.models.mask_targets import mask_targets
 from dgt.models.rcnn import RCNN, group_norm
 from dgt.models.rcnn_config import HeadsConfig, RCNNConfig, RPNConfig
 from dgt.models.region_sampling import KeyedSampler
-from dgt.models.roi_heads import RegionPool, Truth
+from dgt.models.roi_align import RegionPool
+from dgt.models.roi_heads import Truth
 from dgt.models.rpn import ProposalNetwork, overlaps
 
 CLASSES = 3
@@ -299,15 +300,24 @@ def test_mask_targets_are_roi_align_of_each_objects_whole_map(resolution: int) -
     assert mask_targets(masks, corners, size, boxes[:0], matched[:0], resolution).shape == (0, resolution, resolution)
 
 
-def test_regions_are_pooled_on_the_level_for_their_size_with_cells_about_their_centres() -> None:
+def test_regions_are_pooled_on_the_level_for_their_size_as_torchvisions_aligned_roi_align_does_it() -> None:
     rng = torch.Generator().manual_seed(0)
-    maps = [torch.randn(2, 3, 512 // stride, 512 // stride, generator=rng) for stride in (4, 8, 16, 32)]
+    maps = [torch.randn(2, 3, 512 // stride, 512 // stride, generator=rng).double() for stride in (4, 8, 16, 32)]
+    maps = [level.requires_grad_() for level in maps]
     sides = [20.0, 111.0, 113.0, 223.0, 225.0, 447.0, 449.0]
-    boxes = [torch.tensor([[3.0, 5.0, 3 + side, 5 + side] for side in sides]), torch.zeros(0, 4)]
+    small = torch.tensor([[3.0, 5.0, 3 + side, 5 + side] for side in sides])
+    boxes = [torch.tensor([[500.0, -9.0, 515.0, 80.0], [7.0, 7.0, 7.0, 7.0]]).double(), small.double()]
     pooled = RegionPool(7)(maps, boxes)
-    for i, level in enumerate([0, 0, 1, 1, 2, 2, 3]):
-        roi = torch.cat([torch.zeros(1, 1), boxes[0][i : i + 1]], dim=1)
-        assert torch.equal(pooled[i : i + 1], roi_align(maps[level], roi, 7, 0.25 / 2**level, 2, aligned=True))
+    expected = []
+    for image, own, levels in zip((0, 1), boxes, ([0, 0], [0, 0, 1, 1, 2, 2, 3]), strict=True):
+        for box, level in zip(own, levels, strict=True):
+            roi = torch.cat([box.new_tensor([image]), box])[None]
+            expected.append(roi_align(maps[level], roi, 7, 0.25 / 2**level, 2, aligned=True))
+    torch.testing.assert_close(pooled, torch.cat(expected))
+    direction = torch.randn(pooled.shape, generator=rng).double()
+    gradients = torch.autograd.grad((pooled * direction).sum(), maps)
+    torch.testing.assert_close(gradients, torch.autograd.grad((torch.cat(expected) * direction).sum(), maps))
+    assert RegionPool(14)(maps, [small[:0].double()] * 2).shape == (0, 3, 14, 14)
 
 
 class Answer(nn.Module):
