@@ -1,4 +1,4 @@
-"""Turn a checkpoint into one safetensors file that `timm.create_model(..., checkpoint_path=FILE)` loads."""
+"""Turn a checkpoint, or the backbone in it, into one safetensors file that timm or a later run loads."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ from launch import program
 from launch.runs import LaunchError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dgt.config import Config
     from dgt.training.tensor_files import TensorFiles
+
+PARTS = ("network", "backbone", "neck")
+NECKS = {"segmentation": ("pyramid", "laterals", "smoothers", "fusion"), "detection": ("fpn",)}
+"""Modules between the norms of a dense network's backbone and what answers."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--out", required=True, metavar="FILE.safetensors", help="what to write")
     result.add_argument("--weights", choices=("ema", "raw"), help="default: ema where the run kept an average")
+    result.add_argument(
+        "--part", choices=PARTS, default="network",
+        help="network (default): all of it; backbone: for timm, without classifier or heads; neck: of a dense task, "
+        "the backbone with the norms and the pyramid behind it, without what answers, under the network's own names",
+    )  # fmt: skip
     result.add_argument("overrides", nargs="*", metavar="key=value", help="such as name=trial")
     return result
 
@@ -64,35 +75,85 @@ def export(options: argparse.Namespace) -> int:
     found = weights.find((folder or RunFolder(config.run_dir)).checkpoints, options.checkpoint)
     with wording(found):
         stored = tensors_in(found)
-        names, kind = weights.names_in(found, stored, checks.network(config), options.weights)
-        facts = metadata(config) | {"step": str(found.step), "weights": kind}
-        write(out, stored, names, facts)
+        network = checks.network(config)
+        names, kind = weights.names_in(found, stored, network, options.weights)
+        facts = metadata(config, options.part) | {"step": str(found.step), "weights": kind}
+        write(out, stored, part_of(names, network, config.task.name, options.part), facts)
     print(f"{out}: {kind} weights of {found.path}, {out.stat().st_size:,} bytes")
-    arguments = "".join(f", {key}={value}" for key, value in json.loads(facts["model_args"]).items())
-    print("import dgt, timm")
-    print(
-        f'model = timm.create_model("{config.model.name}", num_classes={config.data.num_classes}{arguments}, '
-        f'checkpoint_path="{out}")'
-    )
+    print("\n".join(how_to_load(out, config, options.part)))
     return 0
 
 
-def metadata(config: Config) -> dict[str, str]:
-    """What the header says, each value a string (JSON where it is not plain text), under timm's own names."""
-    from dgt.config import to_yaml
+def part_of(names: Mapping[str, str], network: nn.Module, task: str, part: str) -> dict[str, str]:
+    """Under which name each tensor of a `part` is exported: those of `names` (name in the network -> name in the
+    checkpoint).
+
+    A dense network's backbone has the names that it has in a classifier; the norm behind its last stage becomes the
+    final norm, whose place it has. Raises LaunchError for the neck of a classifier.
+    """
+    if part == "network":
+        return dict(names)
+    if task not in NECKS:
+        if part == "neck":
+            raise LaunchError("--part neck: a classifier has none; its backbone is all before the classifier")
+        classifier = getattr(network, "pretrained_cfg", {}).get("classifier")
+        return {name: saved for name, saved in names.items() if not name.startswith(f"{classifier}.")}
+    if part == "neck":
+        kept = tuple(f"{module}." for module in ("backbone", "norms", *NECKS[task]))
+        return {name: saved for name, saved in names.items() if name.startswith(kept)}
+    last = f"norms.{len(network.norms) - 1}."  # type: ignore[arg-type]
+    moved = {"backbone.": "", last: "norm."}
+    return {
+        here + name.removeprefix(there): saved
+        for name, saved in names.items()
+        for there, here in moved.items()
+        if name.startswith(there)
+    }
+
+
+def how_to_load(out: Path, config: Config, part: str) -> list[str]:
+    """Lines of Python, or options of a later run."""
+    if part == "neck":
+        return [f"start.path={out} begins a run of a dense task with it"]
+    if part == "network" and config.task.name in NECKS:
+        return [f"launch/predict.py --checkpoint {out} answers with it, and start.path={out} begins a run with it"]
+    options = "".join(f", {key}={value}" for key, value in model_arguments(config).items())
+    classes = 0 if part == "backbone" else config.data.num_classes
+    network = f'"{config.model.name}", num_classes={classes}{options}, checkpoint_path="{out}"'
+    lines = ["import dgt, timm", f"model = timm.create_model({network})"]
+    if part == "backbone":
+        own = f'{{"file": "{out}", "num_classes": 0}}'
+        maps = f'"{config.model.name}", features_only=True{options}, pretrained=True, pretrained_cfg_overlay={own}'
+        lines.append(f"maps = timm.create_model({maps})")
+    return lines
+
+
+def model_arguments(config: Config) -> dict[str, Any]:
+    """What a network is built with beside its name."""
     from dgt.models.build import ATTENTION
 
-    data, model = config.data, config.model
+    return {name: value for name in ATTENTION if (value := getattr(config.model, name)) is not None}
+
+
+def metadata(config: Config, part: str = "network") -> dict[str, str]:
+    """What the header says, each value a string (JSON where it is not plain text), under timm's own names."""
+    from dgt.config import to_yaml
+    from launch.traffic import image_size
+
+    data, dense = config.data, config.task.name in NECKS
+    classes = data.num_classes if part == "network" else 0
     facts: dict[str, Any] = {
-        "architecture": model.name,
-        "num_classes": data.num_classes,
-        "model_args": {name: getattr(model, name) for name in ATTENTION if getattr(model, name) is not None},
+        "architecture": config.model.name,
+        "task": config.task.name,
+        "part": part,
+        "num_classes": classes,
+        "model_args": model_arguments(config),
         "pretrained_cfg": {
-            "input_size": (3, data.image_size, data.image_size),
+            "input_size": (3, *(image_size(config) if dense else (data.image_size, data.image_size))),
             "mean": data.mean,
             "std": data.std,
-            "crop_pct": data.eval_crop_pct,
-            "num_classes": data.num_classes,
+            "crop_pct": 1.0 if dense else data.eval_crop_pct,
+            "num_classes": classes,
         },
         "label_names": class_names(config),
         "config": to_yaml(config),
@@ -106,7 +167,7 @@ def class_names(config: Config) -> tuple[str, ...] | None:
     from data_pipeline.shards.source import DataError
 
     try:
-        source = open_split(config.data, config.data.val_split)
+        source = open_split(config.data, config.data.val_split, config.task.name)
     except DataError as error:
         print(
             f"dgt-export: the file will not name its classes, because the data cannot be opened: {error}",

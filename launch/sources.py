@@ -135,6 +135,11 @@ def read_file(path: Path, network: nn.Module, kind: weights.Kind | None) -> tupl
     from safetensors.torch import load_file
 
     facts = header(path)
+    if (part := facts.get("part", "network")) != "network":
+        raise LaunchError(
+            f"{path} holds the {part} of a network only, which answers nothing; begin a run with it (start.path), or "
+            "export the whole network"
+        )
     holds: weights.Kind = "raw" if facts.get("weights") == "raw" else "ema"
     if kind is not None and kind != holds:
         raise LaunchError(f"{path} holds {holds} weights; leave --weights {kind} out, or evaluate the run's checkpoint")
