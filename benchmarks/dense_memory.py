@@ -136,8 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     rows = [measure(case, attention, options) for case in options.cases for attention in ATTENTION]
     table = Table(title=f"one training step of {options.model}, float32, recomputation: {options.checkpointing}")
-    for column in ("task", "images", "attention", "peak GB", "resident GB", "s/step", "GMACs of an image"):
-        table.add_column(column, justify="right")
+    for column in ("task", "images", "attention", "peak GB", "resident GB", "s/step", "GMACs"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         count, height, width = row["size"]
         numbers = (f"{row['peak'] / 1e9:.2f}", f"{row['resident'] / 1e9:.2f}", f"{row['seconds']:.1f}")

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 from launch.cluster import job_state
 from launch.runs import LaunchError, read_record
 
+MANY_SIZES = 4
+"""Sizes of training images that are compiled without a warning."""
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -176,6 +179,23 @@ def evaluation(config: Config, ranks: int) -> None:
         raise ConfigError(
             "task.name: detection is evaluated by pycocotools, which is not installed; install the extra dgt[dense]"
         )
+
+
+def sizes_to_compile(config: Config) -> list[str]:
+    """A warning where blocks are compiled for many sizes of images, else nothing."""
+    from dgt.tasks import DetectionConfig
+
+    if not isinstance(config.task, DetectionConfig) or not config.engine.compile:
+        return []
+    detection = config.data.detection
+    sizes = len(set(detection.short_sides)) * (len(detection.aspect_bounds) + 1)
+    if sizes <= MANY_SIZES:
+        return []
+    return [
+        f"engine.compile: training images come in up to {sizes} sizes ({len(set(detection.short_sides))} of "
+        f"data.detection.short_sides in {len(detection.aspect_bounds) + 1} ranges of aspect_bounds), and each is "
+        "compiled apart, for minutes, in every attempt"
+    ]
 
 
 def shards_weights(config: Config) -> bool:

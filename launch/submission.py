@@ -59,7 +59,7 @@ def check(request: Request) -> Checked:
     checks.augmentation(config)
     limits.no_secrets(config)
     found = checks.problems(lambda: checks.samples(config), lambda: checks.output_folder(config))
-    warnings: list[str] = []
+    warnings = checks.sizes_to_compile(config)
     if where.cluster == "slurm":
         lead = limits.signal_lead(profile, request.run)
         found += checks.problems(

@@ -129,9 +129,16 @@ class DGTBlock(nn.Module):
             self._residual, x, attn_scale, ffn_scale, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
         )
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles the block in place, with torch.compile's arguments; hooks and drop-path draws stay outside."""
-        self.body = torch.compile(self.body, *args, **kwargs)  # type: ignore[method-assign]
+    def compile(self, *args: Any, only_training: bool = False, **kwargs: Any) -> None:
+        """Compiles the block in place, with torch.compile's arguments; hooks and drop-path draws stay outside.
+
+        `only_training`: evaluations, whose images may all have sizes of their own, stay as they are.
+        """
+        plain, compiled = self.body, torch.compile(self.body, *args, **kwargs)
+        if only_training:
+            self.body = lambda *inputs: (compiled if self.training else plain)(*inputs)  # type: ignore[method-assign]
+        else:
+            self.body = compiled  # type: ignore[method-assign]
 
     def _residual(self, x: Tensor, attn_scale: Tensor | None = None, ffn_scale: Tensor | None = None) -> Tensor:
         x = x + self.cpe(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import timm
 import torch
 from torch import Tensor, fx, nn
 
-import dgt.models  # noqa: F401, registers the networks
+from dgt.models import ModelConfig
+from dgt.models.upernet import UPerNet
 from dgt.training.parallel.blocks import compile_blocks
 
 KEYS = torch.tensor([1, 2**31, 77])
@@ -78,3 +80,20 @@ def test_every_other_block_is_computed_again() -> None:
     model.set_grad_checkpointing(mode="full", every=2)  # type: ignore[operator]
     modes = [m.checkpointing for m in model.modules() if hasattr(m, "checkpointing")]
     assert modes == ["full" if i % 2 == 0 else None for i in range(12)]
+
+
+def test_a_dense_network_compiles_a_graph_for_each_training_size_and_evaluates_any_size_without() -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model, compiler = UPerNet(ModelConfig("dgt_nano"), 3, 8, (1,), 0, norm_groups=4), Counting()
+    reference = copy.deepcopy(model)
+    compile_blocks(model, backend=compiler, fullgraph=True)
+    for expected, side in ((4, 32), (8, 64), (8, 32)):
+        x = torch.randn(1, 3, side, side)
+        torch.testing.assert_close(model(x, KEYS[:1])[0], reference(x, KEYS[:1])[0])
+        assert expected <= compiler.graphs <= expected * 5 // 4, "one per stage and size"
+    graphs = compiler.graphs
+    model.eval()
+    for side in (32, 40, 72):
+        model(torch.randn(1, 3, side, side))
+    assert compiler.graphs == graphs

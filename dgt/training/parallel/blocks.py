@@ -13,6 +13,9 @@ GRAPHS = 64
 """Graphs that the blocks together may compile. All of them run the same code, and each kind of block has its own graph
 (4 stages, with and without drop path and recomputation, training and evaluation, some sizes); torch's own limit of 8
 would leave the rest uncompiled."""
+GRAPHS_OF_DENSE_TASKS = 1024
+"""The same of a dense network, whose training images come in some tens of sizes (data.detection.short_sides times the
+ranges of data.detection.aspect_bounds), each with graphs of its own."""
 
 
 def units(network: nn.Module) -> list[nn.Module]:
@@ -22,13 +25,17 @@ def units(network: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(network: nn.Module, **options: Any) -> None:
-    """Compiles every DG-Attention block in place; `options` are torch.compile's."""
+    """Compiles all DG-Attention blocks in place, a dense network's for training only; `options` are torch.compile's."""
     config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, GRAPHS)
+    dense = isinstance(network, DenseNetwork)
+    graphs = GRAPHS_OF_DENSE_TASKS if dense else GRAPHS
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(config, limit, max(getattr(config, limit), graphs))
     for module in network.modules():
         if isinstance(module, DGTBlock):
-            # A graph for each size: one for sizes that vary (a smaller last micro-batch) makes Inductor fail.
-            module.compile(**{"dynamic": False} | options)
+            # A graph for each size: one for sizes that vary (a smaller last micro-batch) makes Inductor fail. Images
+            # that dense tasks evaluate have too many sizes for that.
+            module.compile(only_training=dense, **{"dynamic": False} | options)
 
 
 def use_apex_layer_norm(network: nn.Module) -> None:

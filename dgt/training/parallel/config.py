@@ -112,7 +112,8 @@ class EngineConfig:
     activation_checkpointing_every: int = 1
     """Recompute in every this manieth block only: 2 = every other one."""
     compile: bool = False
-    """Compile each block with torch.compile; the first steps take minutes. Needs a C++ compiler on CPUs."""
+    """Compile each block with torch.compile; the first steps take minutes, for each size of training images. Dense
+    tasks evaluate uncompiled. Needs a C++ compiler on CPUs."""
     apex_layer_norm: bool = False
     """Replace LayerNorm in the blocks by apex's FusedLayerNorm, where apex is installed."""
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
