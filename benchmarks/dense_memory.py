@@ -1,13 +1,14 @@
 """Memory of one training step of dense tasks, grouped and dense: python -m benchmarks.dense_memory [--check] [--json F]
 
-Each case takes two optimizer steps of one micro-batch with random images and made-up targets (as
+Each case takes optimizer steps of one micro-batch with random images and made-up targets (as
 launch/find_micro_batch.py makes them), in a fresh process on the CPU in float32. The same network is measured twice: as
 it is, and with top_k beyond the number of tokens of every stage, where DG-Attention is ordinary attention. Given are
 
-- peak: most bytes that torch's allocator had handed out at one moment of the second step, by torch.profiler: weights,
-  gradients, moments and activations; on a GPU the allocator would hold about as much;
+- peak: most bytes that torch's allocator had handed out at one moment of the last step, by torch.profiler: weights,
+  gradients, moments and activations. Moments are there from the beginning, so that one step tells; what oneDNN allocates
+  for itself is in the resident memory alone;
 - resident: by how much the process grew at most since before the network was built;
-- seconds of the second step, and multiply-accumulates of one image's evaluation.
+- seconds of the last step, and multiply-accumulates of one image's evaluation.
 
 Torch's ordinary attention on CPUs is fused and keeps no matrix of scores, as it is on GPUs, so what grouping saves is
 time first, and memory only where it saves anything at all. --check exits with 1 where the grouped network does not need
@@ -70,7 +71,7 @@ def configuration(case: str, attention: str, options: argparse.Namespace) -> Con
     )
 
 
-def measure_here(config: Config) -> dict[str, Any]:
+def measure_here(config: Config, steps: int) -> dict[str, Any]:
     """Peaks in bytes, seconds and multiply-accumulates of one configuration, in this process."""
     import torch
 
@@ -94,7 +95,7 @@ def measure_here(config: Config) -> dict[str, Any]:
             batch = made_up_batch(config, size)
             assert isinstance(batch.images, torch.Tensor)
             batch.images.random_(256)
-            for step in range(2):
+            for step in range(steps):
                 prepare, started = StepInputs(config, step, world.device, 0), time.perf_counter()
                 with torch.profiler.record_function(f"step {step}"):
                     engine.train_step(
@@ -107,7 +108,7 @@ def measure_here(config: Config) -> dict[str, Any]:
     height, width = image_size(config)
     return {
         "size": [size, height, width],
-        "peak": peak_in(profile, "step 1"),
+        "peak": peak_in(profile, f"step {steps - 1}"),
         "resident": resident("VmHWM") - before,
         "seconds": seconds,
         "macs": task.macs(network, height, width),
@@ -117,7 +118,7 @@ def measure_here(config: Config) -> dict[str, Any]:
 def measure(case: str, attention: str, options: argparse.Namespace) -> dict[str, Any]:
     """The same in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.dense_memory", "--here", case, attention]
-    for name in ("model", "batch", "threads", "scale", "checkpointing"):
+    for name in ("model", "batch", "threads", "scale", "checkpointing", "steps"):
         command += [f"--{name}", str(getattr(options, name))]
     ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
     return {"case": case, "attention": attention, **json.loads(ended.stdout.splitlines()[-1])}
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints one table; with --check the exit code is 1 where grouping does not need less memory."""
     options = parser().parse_args(arguments)
     if options.here:
-        print(json.dumps(measure_here(configuration(*options.here, options))))
+        print(json.dumps(measure_here(configuration(*options.here, options), options.steps)))
         return 0
     from rich.console import Console
     from rich.table import Table
@@ -170,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--batch", type=int, default=2, help="crops of segmentation; detection has one image")
     result.add_argument("--threads", type=int, default=0, help="0: all cores")
     result.add_argument("--checkpointing", choices=("none", "selective", "full"), default="none")
+    result.add_argument("--steps", type=int, default=2, help="the last is measured; default %(default)s")
     result.add_argument("--scale", type=float, default=1.0, help="smaller images, to try the benchmark itself")
     result.add_argument("--check", action="store_true", help="exit with 1 where grouping does not need less memory")
     result.add_argument("--json", type=Path, help="write all numbers and the machine to this file")
