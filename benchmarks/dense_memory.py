@@ -5,8 +5,8 @@ launch/find_micro_batch.py makes them), in a fresh process on the CPU in float32
 it is, and with top_k beyond the number of tokens of every stage, where DG-Attention is ordinary attention. Given are
 
 - peak: most bytes that torch's allocator had handed out at one moment of the last step, by torch.profiler: weights,
-  gradients, moments and activations. Moments are there from the beginning, so that one step tells; what oneDNN allocates
-  for itself is in the resident memory alone;
+  gradients, moments (which are there from the beginning, so that one step tells) and activations; what oneDNN
+  allocates for itself is in the resident memory alone;
 - resident: by how much the process grew at most since before the network was built;
 - seconds of the last step, and multiply-accumulates of one image's evaluation.
 
