@@ -32,6 +32,10 @@ class RegionPool(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], regions: Sequence[Tensor]) -> Tensor:
         """Four maps (n, C, h, w) and of each image (r, 4) boxes in pixels -> (all regions, C, cells, cells)."""
+        if not any(map(len, regions)):
+            # Still a function of the maps: where a head's input needs no gradient, a sharding engine reduces that
+            # head's gradients at another moment than on ranks whose images have regions, and all wait forever.
+            return maps[0][:0].reshape(0, maps[0].shape[1], self.cells, self.cells)
         counts = torch.tensor([len(boxes) for boxes in regions], device=maps[0].device)
         images = torch.arange(len(regions), device=maps[0].device).repeat_interleave(counts)
         boxes, levels = torch.cat(list(regions)), self.level_of(list(regions))
