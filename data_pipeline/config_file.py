@@ -21,6 +21,14 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the file, the key and what to do."""
 
 
+class _UnknownKeyError(ConfigError):
+    """There is no such key; `depth` tells how much of its path is known."""
+
+    def __init__(self, message: str, depth: float) -> None:
+        super().__init__(message)
+        self.depth = depth
+
+
 def read_with_bases(path: Path, check: Check, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The file's values merged over those of its ``base:`` files (relative to itself), each of which passes `check`.
 
@@ -77,30 +85,27 @@ def validated(kind: type[Settings], values: Mapping[str, Any], source: str) -> S
         from pydantic import TypeAdapter, ValidationError
     except ImportError as error:
         raise ConfigError("Reading configurations needs the package pydantic: pip install pydantic") from error
-    plain = dict(values)
+    plain, lines = dict(values), []
     for key, hint in get_type_hints(kind).items():
         if kinds := _kinds(hint):  # which of them is decided here, and not by what happens to fit
             chosen = _named(plain.get(key, {}), kinds, source, f"{key}.") or kinds[0]
-            plain[key] = _section(chosen, plain.get(key, {}), source, key)
+            _check_section(plain.get(key, {}), chosen, source, f"{key}.", dict(_leaf_keys(kind)))
+            try:
+                plain[key] = TypeAdapter(chosen).validate_python(dict(plain.get(key, {})))
+            except ValidationError as error:
+                lines += [f"{source}: {key}.{_described(e)}" for e in error.errors()]
+                plain.pop(key)  # the default, for the other keys to be looked at
     try:
         settings = TypeAdapter(kind).validate_python(plain)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {_described(e)}" for e in error.errors())) from None
+        lines += [f"{source}: {_described(e)}" for e in error.errors()]
+    if lines:
+        raise ConfigError("\n".join(lines))
     for key, value in _leaves(dataclasses.asdict(settings)):  # type: ignore[call-overload]
         # only now, because "nan" is a text until pydantic has read it
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{source}: {key}: must be a finite number, got {value}")
     return settings
-
-
-def _section(kind: type, values: Mapping[str, Any], source: str, key: str) -> Any:
-    from pydantic import TypeAdapter, ValidationError
-
-    _check_section(values, kind, source, f"{key}.", dict(_leaf_keys(kind)))
-    try:
-        return TypeAdapter(kind).validate_python(dict(values))
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {key}.{_described(e)}" for e in error.errors())) from None
 
 
 def check_keys(values: Any, kind: type, source: str) -> None:
@@ -118,8 +123,8 @@ def _check_section(values: Any, kind: type, source: str, prefix: str, everywhere
     hints = get_type_hints(kind)
     for key, value in values.items():
         if key not in hints:
-            hint = _suggestion(str(key), prefix, list(hints), everywhere)
-            raise ConfigError(f"{source}: unknown key {prefix}{key}{hint}")
+            near, hint = _suggestion(str(key), prefix, list(hints), everywhere)
+            raise _UnknownKeyError(f"{source}: unknown key {prefix}{key}{hint}", prefix.count(".") + near)
         if dataclasses.is_dataclass(hints[key]):
             _check_section(value, hints[key], source, f"{prefix}{key}.", everywhere)
         elif kinds := _kinds(hints[key]):
@@ -153,24 +158,28 @@ def _check_one_of(values: Any, kinds: Sequence[type], source: str, prefix: str, 
     """As _check_section; without a name, as in an override, what any of the kinds has will do for now."""
     named = _named(values, kinds, source, prefix)
     elsewhere = {key: path for key, path in everywhere.items() if not path.startswith(prefix)}
-    errors = []
+    errors: list[ConfigError] = []
     for kind in [named] if named else kinds:
         try:
             return _check_section(values, kind, source, prefix, elsewhere | dict(_leaf_keys(kind, prefix)))
         except ConfigError as error:
             errors.append(error)
-    raise errors[0]
+    # the kind that is meant knows more of the key than the others
+    raise max(errors, key=lambda error: error.depth if isinstance(error, _UnknownKeyError) else math.inf)
 
 
-def _suggestion(key: str, prefix: str, known: Sequence[str], everywhere: Mapping[str, str]) -> str:
-    """The nearest known key in words: of the same section, else of any section, else the list of what there is."""
+def _suggestion(key: str, prefix: str, known: Sequence[str], everywhere: Mapping[str, str]) -> tuple[float, str]:
+    """The nearest known key in words: of the same section, else of any section, else the list of what there is.
+
+    Before it, how near it is in the same section, from 0 (far) to 1.
+    """
     near = difflib.get_close_matches(key, known, n=1)
     if near:
-        return f"; did you mean {prefix}{near[0]}?"
+        return difflib.SequenceMatcher(None, key, near[0]).ratio(), f"; did you mean {prefix}{near[0]}?"
     near = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.75)
     if near:
-        return f"; did you mean {everywhere[near[0]]}?"
-    return f"; known here: {', '.join(known)}"
+        return 0.0, f"; did you mean {everywhere[near[0]]}?"
+    return 0.0, f"; known here: {', '.join(known)}"
 
 
 def _leaf_keys(kind: type, prefix: str = "") -> list[tuple[str, str]]:

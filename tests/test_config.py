@@ -1,10 +1,13 @@
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dgt.config import Config, ConfigError, from_dict, load, to_yaml
 
+OFF = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0}
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 
@@ -165,3 +168,48 @@ def test_a_seed_that_no_draw_can_be_keyed_by_is_refused(seed: int) -> None:
 
 def test_the_defaults_are_valid() -> None:
     assert from_dict({}) == Config()
+
+
+@pytest.mark.parametrize(("name", "key"), [("segmentation", "head.channels"), ("detection", "fpn_channels")])
+def test_the_name_of_the_task_decides_what_its_section_holds(tmp_path: Path, name: str, key: str) -> None:
+    base = write(tmp_path / "base.yaml", f"task: {{name: {name}}}\nmixing: {{mixup_alpha: 0.0, cutmix_alpha: 0.0}}")
+    config = load(write(base.parent / "this.yaml", "base: base.yaml"), [f"task.{key}=64"])
+    assert (config.task.name, attrgetter(key)(config.task)) == (name, 64)
+    assert from_dict(yaml.safe_load(to_yaml(config))) == config
+    with pytest.raises(ConfigError, match=r"unknown key task\.label_smoothing; known here"):
+        load(tmp_path / "this.yaml", ["task.label_smoothing=0.1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.name=detecton", "task.name: 'detecton' is none of classification, segmentation, detection"),
+        ("task.score_treshold=0.1", "unknown key task.score_treshold; did you mean task.score_threshold?"),
+        ("task.rpn.pre_nmss=1", "unknown key task.rpn.pre_nmss; did you mean task.rpn.pre_nms?"),
+        ("task.score_threshold=true", "task.score_threshold: true and false are no numbers, got True"),
+    ],
+)
+def test_a_mistake_in_a_task_is_blamed_on_the_task_that_is_meant(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path / "this.yaml", "task: {name: detection}"), [override])
+    assert str(caught.value) == f"override {override!r}: {message}"
+
+
+def test_every_wrong_value_is_named_those_of_the_task_too() -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_dict({"task": {"name": "segmentation", "ohem_threshold": 2}, "steps": {"epochs": "many"}})
+    assert [line.split(":")[1].strip() for line in str(caught.value).splitlines()] == ["task.ohem_threshold", "steps.epochs"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"task": {"name": "segmentation"}}, "mixing: is for classification"),
+        ({"task": {"name": "detection"}, "mixing": OFF, "data": {"order": "block"}}, "data.order: block cannot put"),
+        ({"task": {"name": "detection"}, "mixing": OFF, "data": {"backend": "synthetic"}}, "data.backend: synthetic"),
+        ({"task": {"name": "segmentation", "class_weights": [1]}, "mixing": OFF}, "task.class_weights: 1 weights for"),
+    ],
+)
+def test_what_a_dense_task_has_no_use_for_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(values)
