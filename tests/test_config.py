@@ -198,7 +198,8 @@ def test_a_mistake_in_a_task_is_blamed_on_the_task_that_is_meant(tmp_path: Path,
 def test_every_wrong_value_is_named_those_of_the_task_too() -> None:
     with pytest.raises(ConfigError) as caught:
         from_dict({"task": {"name": "segmentation", "ohem_threshold": 2}, "steps": {"epochs": "many"}})
-    assert [line.split(":")[1].strip() for line in str(caught.value).splitlines()] == ["task.ohem_threshold", "steps.epochs"]
+    named = [line.split(":")[1].strip() for line in str(caught.value).splitlines()]
+    assert named == ["task.ohem_threshold", "steps.epochs"]
 
 
 @pytest.mark.parametrize(
