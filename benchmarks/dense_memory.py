@@ -92,7 +92,7 @@ def measure_here(config: Config, steps: int) -> dict[str, Any]:
             task = build_task(config.task, config.model, config.data)
             network = task.build_model()
             engine = build_engine(network, world, config.engine, config.optimizer)
-            batch = made_up_batch(config, size)
+            batch = made_up_batch(config, size, image_size(config))
             assert isinstance(batch.images, torch.Tensor)
             batch.images.random_(256)
             for step in range(steps):
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_row(
             row["case"], f"{count} x {height} x {width}", row["attention"], *numbers, f"{row['macs'] / 1e9:.1f}"
         )
-    Console().print(table)
+    Console(width=110).print(table)
     if options.json:
         facts = {
             "machine": report.machine(),
