@@ -36,7 +36,7 @@ LABELS = MaskLabels(1 + len(CLASSES), first_label=1, ignore=(0,))
 """Of the masks: 0 "other objects", 1 the background, 2 and on the shapes."""
 
 _RECORD = "shapes.json"
-_VERSION = 1  # of the drawing; other pixels get another one
+_VERSION = 2  # of the drawing: to be raised whenever the same options draw other pixels, masks or annotations
 _QUALITY = 95
 _SMALLEST, _LARGEST = 64, 1024
 _BYTES_PER_PIXEL = 0.7
@@ -51,9 +51,9 @@ of --seed, --size, split and number of the image, the same on every machine."""
 _EPILOG = """\
 examples:
   python -m data_pipeline.prepare shapes --task segmentation --out data/shapes_segmentation
-  python -m data_pipeline.prepare shapes --task detection --out data/shapes_detection --train 2000
+  python -m data_pipeline.prepare shapes --task detection --out data/shapes_detection --train 1000
 
-Shapes cover one another; what is seen of each is its mask. The shapes of an image have different hues. A third of the
+Shapes cover one another; what is seen of each is its mask. The shapes of an image have different hues. A quarter of the
 images also hold a blob, whose outline says nothing: it has the class of the one shape of the same hue and texture, its
 key, which is far away in the image (45 % of the long side and more). Some hold a crescent, which is of no class, and
 six of a hundred hold nothing at all. Images for segmentation are square, those for detection of any aspect.
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     parser.add_argument("--task", choices=("segmentation", "detection"), required=True, help="masks, or objects")
     for name, default, metavar, what in (
-        ("--train", 2000, "N", "images to train on"),
+        ("--train", 4000, "N", "images to train on"),
         ("--val", 200, "N", "images held out"),
         ("--size", 128, "PX", "the images' long side in pixels"),
     ):

@@ -31,9 +31,9 @@ CLASSES = ("disc", "square", "triangle", "star", "ring", "cross")
 BLOB, OTHER = -1, -2
 """Kinds beside the classes: a blob, whose class its key decides, and a crescent, which is of no class."""
 
-_EMPTY_PERCENT, _BLOB_PERCENT, _OTHER_PERCENT = 6, 35, 20
+_EMPTY_PERCENT, _BLOB_PERCENT, _OTHER_PERCENT = 6, 25, 20
 _SHAPES = (2, 4)  # least and most
-_RADIUS_PERCENT = (14, 26)  # of the long side
+_RADIUS_PERCENT, _BLOB_RADIUS_PERCENT = (14, 26), (9, 15)  # of the long side
 _FAR_PERCENT = 45  # of the long side, from a blob's centre to its key's
 _SEEN_PERCENT = 60  # of an object's pixels in the image that others may not cover
 _LEAST_PIXELS = 40
@@ -210,7 +210,8 @@ def _seen(objects: dict[int, Object]) -> dict[int, Object]:
 def _anywhere(draws: Draws, kind: int, height: int, width: int) -> tuple[tuple[int, int], Mask]:
     """A centre and the pixels of an outline there, of any size, stretch and turn; the border may cut it."""
     side = max(height, width) * UNIT
-    radius = draws.between(side * _RADIUS_PERCENT[0] // 100, side * _RADIUS_PERCENT[1] // 100)
+    least, most = _BLOB_RADIUS_PERCENT if kind == BLOB else _RADIUS_PERCENT
+    radius = draws.between(side * least // 100, side * most // 100)
     inset = radius // 2
     centre = (
         draws.between(inset, width * UNIT - inset),
