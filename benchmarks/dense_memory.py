@@ -10,9 +10,8 @@ it is, and with top_k beyond the number of tokens of every stage, where DG-Atten
 - resident: by how much the process grew at most since before the network was built;
 - seconds of the last step, and multiply-accumulates of one image's evaluation.
 
-Torch's ordinary attention on CPUs is fused and keeps no matrix of scores, as it is on GPUs, so what grouping saves is
-time first, and memory only where it saves anything at all. --check exits with 1 where the grouped network does not need
-less memory than the dense one.
+Torch's ordinary attention on CPUs is fused and keeps no matrix of scores, so that grouping saves time, and need not
+save memory. --check exits with 1 where the grouped network does not need less memory than the dense one.
 """
 
 from __future__ import annotations

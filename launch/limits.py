@@ -312,16 +312,15 @@ def time_allows_lead(profile: Profile, lead: int) -> None:
 
 
 def memory(config: Config, layout: Layout, network: nn.Module, profile: Profile) -> None:
-    """Raises LaunchError where a rank is estimated to need more than the profile's GPU has; what is not planned is not
-    refused."""
-    if profile.gpu_memory_gb is None or not layout.use_gpus:
-        return
+    """Raises LaunchError where a rank is estimated to need more than the profile's GPU has."""
     from launch.memory import UnplannedError, estimate
 
+    if profile.gpu_memory_gb is None or not layout.use_gpus:
+        return
     try:
         needed = (estimate(config, network, layout.ranks).total + BESIDE_THE_ESTIMATE) / 1e9
     except UnplannedError:
-        return
+        return  # it may fit
     if needed > profile.gpu_memory_gb:
         ways = ["lower steps.micro_batch_size"]
         ways += ["set engine.activation_checkpointing"] if config.engine.activation_checkpointing == "none" else []

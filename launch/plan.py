@@ -147,8 +147,8 @@ def memory(config: Config, layout: Layout, network: nn.Module) -> list[tuple[str
     try:
         found = estimate(config, network, layout.ranks)
     except UnplannedError as error:
-        state = f"{gigabytes(state_bytes(config, network))}, of all ranks together where the engine cuts it"
-        return [("weights, gradients, moments, EMA", state), ("the rest", str(error))]
+        state = ("weights, gradients, moments, EMA", f"{gigabytes(state_bytes(config, network))}, uncut")
+        return [state, ("the rest", str(error))]
     rows = [
         ("weights", found.weights),
         ("gradients", found.gradients),
@@ -243,8 +243,8 @@ def modes(plan: Plan) -> str:
     from dgt.training.optim import NEEDS_WHOLE_TENSORS
     from launch import memory
 
-    found: list[tuple[str, EngineConfig, memory.Memory]] = []
     config, network, ranks = plan.config, plan.network, plan.layout.ranks
+    found: list[tuple[str, EngineConfig, memory.Memory]] = []
     stages = () if config.optimizer.name in NEEDS_WHOLE_TENSORS else (1, 2, 3)
     names = ("ddp",) if ranks % (config.engine.fsdp.shard_size or 1) else ("ddp", "fsdp")
     kinds = ("none", "selective", "full") if hasattr(network, "set_grad_checkpointing") else ("none",)
@@ -275,10 +275,9 @@ def modes(plan: Plan) -> str:
 def scale(plan: Plan, runs: int = 200, seed: int = 0) -> str:
     """Recommended checkpoint interval and expected goodput on 1 to 4,096 nodes, as a table; an estimate."""
     found = cluster(plan)
-    if isinstance(found, str):
-        return found
     step_seconds = plan.step_time().upper
-    assert step_seconds is not None
+    if isinstance(found, str) or step_seconds is None:
+        return str(found)
     rows = [
         ("nodes", "GPUs", "MTBF h", "stall s", "every min", "steps", "Young min", "goodput", "+-", "5 to 95 %", "input")
     ]

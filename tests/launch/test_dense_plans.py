@@ -100,7 +100,8 @@ def test_what_is_not_planned_refuses_nothing(tmp_path: Path) -> None:
 def test_the_micro_batch_is_tried_out_with_targets_that_are_learned_from(task: str, tmp_path: Path) -> None:
     config = load(write(tmp_path, task))
     batch = find_micro_batch.made_up_batch(config, 2)
-    height, width = traffic.image_size(config)
+    height, width = traffic.largest_image_size(config)
+    assert (height, width) == ((96, 96) if task == "segmentation" else (128, 128)), "what no batch of training exceeds"
     assert tuple(batch.images.shape) == (2, height, width, 3)  # type: ignore[union-attr]
     assert batch.sizes == [(height, width)] * 2
     if task == "segmentation":
@@ -168,11 +169,12 @@ def test_other_networks_than_ours_are_refused_as_backbones(task: str, tmp_path: 
 
 
 def test_many_sizes_to_compile_are_warned_of(tmp_path: Path) -> None:
+    ranges = "data.detection.aspect_bounds=[0.7, 1.0, 1.4]"
     sides = "data.detection.short_sides=[64, 72, 80, 88]"
-    compiled = load(write(tmp_path, "detection"), ["engine.compile=true", sides])
-    assert "up to 16 sizes (4 of data.detection.short_sides in 4 ranges" in checks.sizes_to_compile(compiled)[0]
+    compiled = load(write(tmp_path, "detection"), ["engine.compile=true", sides, ranges])
+    assert "up to 20 sizes (4 of data.detection.short_sides in 5 ranges" in checks.sizes_to_compile(compiled)[0]
     assert checks.sizes_to_compile(load(write(tmp_path, "detection"), [sides])) == []
-    assert checks.sizes_to_compile(load(write(tmp_path, "detection"), ["engine.compile=true"])) == []
+    assert checks.sizes_to_compile(load(write(tmp_path, "detection"), ["engine.compile=true", ranges])) == []
     assert checks.sizes_to_compile(load(write(tmp_path, "segmentation"), ["engine.compile=true"])) == []
 
 
