@@ -32,8 +32,9 @@ class AspectOrder:
     """Position -> sample id for one epoch of detection; a data_pipeline.order.Ordering.
 
     All ids are permuted as under order "global". The ids of each aspect range, in that order, are cut into whole global
-    batches, and these batches are permuted. What is left of all ranges follows at the end, in the order of the first
-    permutation: batches of mixed shapes, the last of which may not be whole.
+    batches; what is left of all ranges, in the order of that permutation, into batches of mixed shapes. All whole
+    batches are permuted together, so that no shape has its place at the end of the epoch; one that is not whole is the
+    last.
     """
 
     def __init__(self, ranges: npt.NDArray[np.int64], global_batch_size: int, seed: int, epoch: int) -> None:
@@ -46,9 +47,11 @@ class AspectOrder:
             count = len(members) // global_batch_size * global_batch_size
             whole.append(ids[members[:count]].reshape(-1, global_batch_size))
             rest[members[count:]] = True
-        batches = np.concatenate([*whole, np.empty((0, global_batch_size), np.int64)])
+        mixed = ids[rest]
+        count = len(mixed) // global_batch_size * global_batch_size
+        batches = np.concatenate([*whole, mixed[:count].reshape(-1, global_batch_size)])
         batches = batches[keyed_permutation(len(batches), seed, epoch, STREAM_BATCHES)]
-        self._ids = np.concatenate([batches.ravel(), ids[rest]])
+        self._ids = np.concatenate([batches.ravel(), mixed[count:]])
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -109,6 +112,12 @@ class Aspects:
 
 def _rounded_up(side: float) -> int:
     return -(-math.ceil(side - _ROUNDING) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
+
+
+def largest_canvas(config: DetectionDataConfig) -> tuple[int, int]:
+    """(height, width) that no canvas exceeds, whatever images a set has: that of a mixed batch of long upright and long
+    wide images."""
+    return _rounded_up(config.long_side), _rounded_up(config.long_side)
 
 
 def aspects_of(config: DataConfig, source: Source) -> Aspects:

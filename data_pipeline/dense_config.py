@@ -26,8 +26,8 @@ class SegmentationDataConfig:
     """A crop is drawn anew, at most ten times, while one class has more than this share of its labelled pixels."""
 
     photometric_distortion: bool = True
-    """Change brightness, contrast, saturation and hue of training images, each with probability 1/2, as SSD does
-    (Liu et al., arXiv 1512.02325)."""
+    """Change brightness (by up to 32 levels), contrast and saturation (times 0.5 to 1.5) and hue (by up to 36 degrees)
+    of training images, each with probability 1/2, as mmsegmentation does."""
 
     def __post_init__(self) -> None:
         for name in ("crop_size", "short_side"):
@@ -54,9 +54,10 @@ class DetectionDataConfig:
     eval_short_side: int = 800
     """The short side in evaluation, in pixels."""
 
-    aspect_bounds: tuple[float, ...] = (0.7, 1.0, 1.4)
+    aspect_bounds: tuple[float, ...] = (0.7, 0.95, 1.05, 1.4)
     """A global batch of training consists of images whose width / height lies between the same two of these bounds, and
-    is padded to what is large enough for all such images; () puts any images together."""
+    is padded to what is large enough for all such images; () puts any images together. Squares have a range of their
+    own, or else they would be padded to 4 by 3."""
 
     def __post_init__(self) -> None:
         if not self.short_sides:

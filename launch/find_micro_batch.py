@@ -24,7 +24,7 @@ if not __package__:  # started as a file: what is imported must come from beside
 
 from launch import checks, program
 from launch.runs import LaunchError
-from launch.traffic import image_size
+from launch.traffic import largest_image_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,13 +133,16 @@ def train_candidate(config: Config, ranks: int, size: int) -> int:
         return resident("VmHWM") - before
 
 
-def made_up_batch(config: Config, size: int) -> Batch:
-    """`size` of the largest images that are trained on, with what they teach; dense tasks have many objects in each."""
+def made_up_batch(config: Config, size: int, sides: tuple[int, int] | None = None) -> Batch:
+    """`size` images of (height, width) `sides`, with what they teach; dense tasks have many objects in each.
+
+    `sides`: None for the largest that training may meet.
+    """
     import torch
 
     from data_pipeline.batch import Batch
 
-    height, width = image_size(config)
+    height, width = sides or largest_image_size(config)
     order = torch.arange(size)
     images = torch.zeros(size, height, width, 3, dtype=torch.uint8)
     targets: list[Any] = []

@@ -70,8 +70,18 @@ def zero_volume(config: Config, gradients: int, weights: int, micro_batches: int
     return ((1 if to_one_rank else 2) * reductions + 1) * gradients
 
 
+def largest_image_size(config: Config) -> tuple[int, int]:
+    """Height and width that no batch of training exceeds, in pixels: what memory must suffice for.
+
+    In detection, where upright and wide images may come together, more than `image_size`.
+    """
+    from data_pipeline.aspect_order import largest_canvas
+
+    return largest_canvas(config.data.detection) if config.task.name == "detection" else image_size(config)
+
+
 def image_size(config: Config) -> tuple[int, int]:
-    """Height and width of the largest images that are trained on, in pixels."""
+    """Height and width of the largest images that are trained on, in pixels; in detection of landscape ones."""
     from dgt.tasks import build_task
 
     task = build_task(config.task, config.model, config.data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,14 @@ def mask_of(number: int) -> Pixels:
     return mask
 
 
-def segmentation_set(folder: Path, train: int = 12, val: int = 5) -> Path:
+def jpeg(pixels: Pixels) -> bytes:
+    """The bytes of a JPEG."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def segmentation_set(folder: Path, train: int = 12, val: int = 5, encoded: Callable[[Pixels], bytes] = png) -> Path:
     """Images whose brightness is that of MASK_SHADES; four classes, 255 is ignored."""
     for split, count in (("train", train), ("val", val)):
         for kind in ("images", "annotations"):
@@ -58,7 +65,7 @@ def segmentation_set(folder: Path, train: int = 12, val: int = 5) -> Path:
         for number in range(count):
             mask = mask_of(number)
             image = np.repeat(MASK_SHADES[np.minimum(mask, 4)][:, :, None], 3, axis=2)
-            (folder / "source" / "images" / split / f"{number:04d}.png").write_bytes(png(image))
+            (folder / "source" / "images" / split / f"{number:04d}.{encoded.__name__}").write_bytes(encoded(image))
             (folder / "source" / "annotations" / split / f"{number:04d}.png").write_bytes(png(mask))
     command = [
         "segmentation",

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_pipeline.aspect_order import AspectOrder, Aspects, aspects_of
+from data_pipeline.aspect_order import AspectOrder, Aspects, aspects_of, largest_canvas
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.dense_config import DetectionDataConfig
 from data_pipeline.dense_geometry import fitted
@@ -20,19 +20,30 @@ def _ids(order: AspectOrder) -> np.ndarray:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 8, 32])
-def test_batches_hold_one_range_and_what_is_left_follows_in_the_global_order(batch: int) -> None:
+def test_batches_hold_one_range_or_what_is_left_in_the_global_order(batch: int) -> None:
     order = _ids(AspectOrder(RANGES, batch, 3, 1))
     assert sorted(order.tolist()) == list(range(19))
-    permuted = EpochOrder("global", (19,), 3, 1).ids(0, 19)
-    whole = sum(np.bincount(RANGES) // batch)
-    batches = [order[number * batch : (number + 1) * batch] for number in range(whole)]
-    assert all(len(set(RANGES[ids].tolist())) == 1 for ids in batches)
-    left = order[whole * batch :].tolist()
-    assert left == [number for number in permuted.tolist() if number in left]
-    for wanted in range(3):  # within a range the global order holds, up to the order of its batches
-        members = [number for number in permuted.tolist() if RANGES[number] == wanted]
-        expected = [members[start : start + batch] for start in range(0, len(members) // batch * batch, batch)]
-        assert sorted(expected) == sorted(ids.tolist() for ids in batches if RANGES[ids[0]] == wanted)
+    permuted = EpochOrder("global", (19,), 3, 1).ids(0, 19).tolist()
+    expected, left = [], set(range(19))
+    for wanted in range(3):
+        members = [number for number in permuted if RANGES[number] == wanted]
+        expected += [members[start : start + batch] for start in range(0, len(members) // batch * batch, batch)]
+        left -= {number for ids in expected for number in ids}
+    mixed = [number for number in permuted if number in left]
+    expected += [mixed[start : start + batch] for start in range(0, len(mixed), batch)]
+    found = [order[start : start + batch].tolist() for start in range(0, 19, batch)]
+    assert sorted(found) == sorted(expected)
+    assert all(len(ids) == batch for ids in found[:-1]), "what is not whole is the last"
+
+
+def test_mixed_batches_lie_anywhere_in_the_epoch() -> None:
+    ranges, places = np.repeat([0, 1, 2, 3], 23), []
+    for epoch in range(60):
+        batches = ranges[_ids(AspectOrder(ranges, 4, 0, epoch))].reshape(-1, 4)
+        places += np.flatnonzero((batches != batches[:, :1]).any(axis=1)).tolist()
+    assert len(places) > 120, "four times three images are left: three batches"
+    assert set(places) == set(range(23))
+    assert abs(np.mean(places) - 11) < 1.6  # six standard errors: 6.6 / sqrt(170)
 
 
 def test_the_order_depends_on_seed_epoch_and_batch_and_is_the_same_everywhere() -> None:
@@ -75,6 +86,15 @@ def test_a_mixed_batch_has_the_larger_height_and_the_larger_width() -> None:
     tall, wide = aspects.canvas(np.array([0]), 32), aspects.canvas(np.array([3]), 32)
     assert (tall, wide) == ((64, 32), (32, 64))  # 53 x 32 and 32 x 53
     assert aspects.canvas(np.array([3, 0]), 32) == (64, 64)
+
+
+@pytest.mark.parametrize(("short", "long"), [(256, 512), (320, 520), (800, 1333)])
+def test_the_largest_canvas_is_that_of_long_upright_and_wide_images_together(short: int, long: int) -> None:
+    config = DetectionDataConfig((32, short), long, short, BOUNDS)
+    sizes = np.array([(90, 30), (30, 90), (50, 50)], np.int32)
+    aspects = Aspects(sizes, config)
+    assert aspects.canvas(np.array([0, 1]), short) == largest_canvas(config) == (-(-long // 32) * 32,) * 2
+    assert max(aspects.canvas(np.array([0, 2]), short)[1], aspects.canvas(np.array([1]), 32)[0]) < long
 
 
 def test_short_sides_are_drawn_for_each_batch_from_all_that_are_named() -> None:
