@@ -14,13 +14,11 @@ from data_pipeline.config import DataConfig
 from data_pipeline.decode import Box, Picture, Size
 from data_pipeline.dense_geometry import Image, fitted, nearest, pixels_of, resized, whole
 from data_pipeline.dense_targets import ClassMaps
+from data_pipeline.photometric import distorted
 from data_pipeline.shards.source import RawSample
 from data_pipeline.targets.masks import IGNORED
 
-_CROP_ATTEMPTS = 10  # after the first; this and the next two: mmsegmentation
-_BRIGHTNESS = 32.0
-_FACTOR = (0.5, 1.5)
-_HUE_DEGREES = 18.0  # SSD: mmsegmentation counts them in steps of two
+_CROP_ATTEMPTS = 10  # after the first, as in mmsegmentation
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class SegmentationTraining:
     targets: ClassMaps
 
     def put(self, batch: Batch, slot: int, picture: Picture, sample: RawSample, rng: np.random.Generator) -> None:
+        """As Placing says."""
         image, config = batch.images[slot].numpy(), self.config.segmentation
         classes = self.targets.of(sample, picture.size)
         draws = rng.random(2 + 2 * (1 + _CROP_ATTEMPTS))
@@ -57,6 +56,7 @@ class SegmentationTraining:
         batch.sizes[slot], batch.targets[slot] = crop, target
 
     def clear(self, batch: Batch, slot: int) -> None:
+        """A black image without a target."""
         batch.images[slot].numpy()[...] = 0
 
     def _crop(self, classes: Image, size: Size, crop: Size, draws: npt.NDArray[np.float64]) -> tuple[Box, Image]:
@@ -75,35 +75,3 @@ def _is_mixed(labels: Image, largest: float) -> bool:
     """Whether there are labelled pixels, of which no class has more than the share `largest`."""
     counts = np.bincount(labels.ravel(), minlength=256)[:IGNORED]
     return 0 < int(counts.max()) <= largest * int(counts.sum())
-
-
-def distorted(pixels: Image, rng: np.random.Generator) -> Image:
-    """SSD's distortion of uint8 (H, W, 3): brightness, contrast, saturation, hue, each with probability 1/2.
-
-    Contrast is changed before or after saturation and hue, by a draw. As in mmsegmentation each step ends in bytes, cut
-    off at black and white; hue and saturation are those of Pillow's HSV, in 256 steps each.
-    """
-    from PIL import Image as pil
-
-    draws = rng.random(9).tolist()
-    shift = _BRIGHTNESS * (2 * draws[1] - 1) if draws[0] < 0.5 else 0.0
-    contrast, saturation = (
-        _FACTOR[0] + (_FACTOR[1] - _FACTOR[0]) * strength if apply < 0.5 else 1.0
-        for apply, strength in ((draws[2], draws[3]), (draws[4], draws[5]))
-    )
-    turn = round(_HUE_DEGREES / 360 * 256 * (2 * draws[7] - 1)) if draws[6] < 0.5 else 0
-    early = draws[8] < 0.5
-    level = np.arange(256)
-    table = _bytes(level + shift)
-    stretched = _bytes(level * contrast)
-    picture = pil.fromarray(np.ascontiguousarray(pixels)).point((stretched[table] if early else table).tolist() * 3)
-    if saturation != 1.0 or turn:
-        hsv = [*((level + turn) % 256).tolist(), *_bytes(level * saturation).tolist(), *level.tolist()]
-        picture = picture.convert("HSV").point(hsv).convert("RGB")
-    if not early:
-        picture = picture.point(stretched.tolist() * 3)
-    return np.asarray(picture)
-
-
-def _bytes(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)

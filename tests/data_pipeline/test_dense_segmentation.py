@@ -17,8 +17,10 @@ from data_pipeline.batch import Batch
 from data_pipeline.changes import mean_colour
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.dense_geometry import fitted, nearest
+from data_pipeline.dense_targets import ClassMaps
 from data_pipeline.loader import build_loader
-from data_pipeline.segmentation_transforms import distorted
+from data_pipeline.photometric import distorted, recoloured
+from data_pipeline.shards.source import RawSample
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +167,32 @@ def test_a_crop_is_drawn_anew_ten_times_while_one_class_has_too_much_of_it(folde
     assert max(redrawn) >= 1
 
 
+@pytest.mark.parametrize(("share", "redrawn"), [(1.0, False), (0.999, True)])
+def test_no_crop_is_drawn_anew_where_one_class_may_have_all_of_it(
+    folder: Path, share: float, redrawn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three quarters of each image are ignored: a first crop often has no labelled pixel."""
+
+    def classes(self: ClassMaps, sample: RawSample, size: tuple[int, int]) -> Pixels:
+        mask = np.full(size, 255, np.uint8)
+        mask[size[0] // 2 :, size[1] // 2 :] = np.arange(size[1] - size[1] // 2) % 4
+        return mask
+
+    monkeypatch.setattr(ClassMaps, "of", classes)
+    masks, firsts = _stored(folder), []
+    config = segmentation_config(folder, crop_size=32, scale=(3.0, 3.0), max_class_share=share)
+    for sample, _, size, target in _places(_epoch(config, 0.0)):
+        stored = masks[sample]
+        resized = fitted(stored.shape, 32, 64, 3.0)
+        draws = SampleDraws(5, 0).of(sample).random(24)[2:4]
+        top, left = (int(draw * (whole - part + 1)) for draw, whole, part in zip(draws, resized, size, strict=True))
+        rows, columns = nearest(stored.shape[0], resized[0]), nearest(stored.shape[1], resized[1])
+        mask = classes(None, None, stored.shape)  # type: ignore[arg-type]
+        crop = mask[rows[top : top + size[0], None], columns[left : left + size[1]]]
+        firsts.append(np.array_equal(target[: size[0], : size[1]], crop))
+    assert all(firsts) != redrawn
+
+
 class _Numbers:
     """A generator that gives the numbers it was made with."""
 
@@ -183,7 +211,7 @@ def _distorted(pixels: Pixels, **draws: float) -> Pixels:
     return distorted(pixels, _Numbers(*(numbers[name] for name in names)))  # type: ignore[arg-type]
 
 
-def test_photometric_distortion_is_that_of_ssd() -> None:
+def test_brightness_and_contrast_end_in_bytes_each() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
     level = pixels.astype(float)
     assert np.array_equal(_distorted(pixels), pixels)
@@ -195,19 +223,32 @@ def test_photometric_distortion_is_that_of_ssd() -> None:
     assert np.array_equal(_distorted(pixels, **both, late=0.1), stretched)
 
 
-@pytest.mark.parametrize(("name", "by"), [("saturation", 0.25), ("turn", 1.0), ("turn", 0.0)])
-def test_hue_turns_by_up_to_18_degrees_and_saturation_is_scaled(name: str, by: float) -> None:
-    pixels = np.random.default_rng(1).integers(30, 226, (6, 7, 3), dtype=np.uint8)
-    found = _distorted(pixels, **{name: 0.2, f"{name}_by": by}).astype(float)
-    for place in np.ndindex(6, 7):
-        hue, saturation, value = colorsys.rgb_to_hsv(*(pixels[place] / 255))
-        if name == "turn":
-            hue = (hue + 18 / 360 * (2 * by - 1)) % 1
-        else:
-            saturation = saturation * 0.75
-        # hue is kept in 256 steps of 1.4 degrees and rounded twice: 2.2 of 60 degrees, over which a colour goes from
-        # 0 to 255, and a rounding of saturation, value and result each
-        assert np.abs(np.array(colorsys.hsv_to_rgb(hue, saturation, value)) * 255 - found[place]).max() <= 12
+@pytest.mark.parametrize(
+    ("saturation", "degrees"), [(0.75, 0.0), (1.5, 0.0), (1.0, 36.0), (1.0, -36.0), (0.5, -20.5), (1.5, 7.0)]
+)
+def test_hue_is_turned_and_saturation_scaled_as_in_hsv_and_rounded_once(saturation: float, degrees: float) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    pixels[0] = [(0, 0, 0), (255,) * 3, (7, 7, 7), (255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 3)]
+    found = recoloured(pixels, saturation, degrees)
+    assert found.dtype == np.uint8
+    for place in np.ndindex(9, 7):
+        hue, strength, value = colorsys.rgb_to_hsv(*(pixels[place] / 255))
+        expected = colorsys.hsv_to_rgb((hue + degrees / 360) % 1, min(strength * saturation, 1), value)
+        # float32 errs by a few of 2^-24 of 255 before it is rounded
+        assert np.abs(np.array(expected) * 255 - found[place]).max() <= 0.5 + 1e-3
+
+
+def test_large_images_are_recoloured_as_small_ones() -> None:
+    pixels = np.random.default_rng(2).integers(0, 256, (150, 230, 3), dtype=np.uint8)  # of several bands
+    rows = [recoloured(pixels[row : row + 1], 1.2, -10.0) for row in range(150)]
+    assert np.array_equal(recoloured(pixels, 1.2, -10.0), np.concatenate(rows))
+
+
+def test_hue_turns_by_up_to_36_degrees_and_saturation_by_up_to_a_half() -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    for by, degrees, saturation in ((0.0, -36.0, 0.5), (0.75, 18.0, 1.25), (1.0, 36.0, 1.5)):
+        assert np.array_equal(_distorted(pixels, turn=0.2, turn_by=by), recoloured(pixels, 1.0, degrees))
+        assert np.array_equal(_distorted(pixels, saturation=0.2, saturation_by=by), recoloured(pixels, saturation, 0.0))
 
 
 def test_contrast_may_come_after_hue_and_saturation() -> None:
