@@ -37,6 +37,7 @@ class DetectionTraining:
     targets: Objects
 
     def put(self, batch: Batch, slot: int, picture: Picture, sample: RawSample, rng: np.random.Generator) -> None:
+        """As Placing says."""
         image = batch.images[slot].numpy()
         found = self.targets.of(sample, picture.size)
         mirrored = bool(rng.random() < self.config.augment.horizontal_flip)
@@ -51,15 +52,17 @@ class DetectionTraining:
         )
 
     def clear(self, batch: Batch, slot: int) -> None:
+        """A black image without a target."""
         batch.images[slot].numpy()[...] = 0
 
 
 def instances(found: ImageObjects, size: Size, *, mirrored: bool, with_masks: bool = True) -> Instances:
     """What an image teaches once it is resized to (height, width) `size` and, if so, mirrored.
 
-    Boxes are cut at the border. Crowds, and objects less than a pixel wide or high before or after resizing, are left
-    out. A mask is what pycocotools draws at the stored size, or the stored runs; each pixel of the resized image takes
-    the value of the stored pixel that its centre lies in.
+    Boxes are cut at the border. Left out are crowds, objects less than a pixel wide or high before or after resizing,
+    and those of whose mask no pixel is left in the box: they would teach that there is nothing. A mask is what
+    pycocotools draws at the stored size, or the stored runs; each pixel of the resized image takes the value of the
+    stored pixel that its centre lies in.
     """
     candidates = [
         (thing, box)
@@ -71,7 +74,11 @@ def instances(found: ImageObjects, size: Size, *, mirrored: bool, with_masks: bo
     boxes = boxes[kept]
     things = [candidates[number][0] for number in kept]
     labels = np.array([thing.category for thing in things], np.int64)
-    return Instances(boxes, labels, _masks(things, boxes, found.size, size, mirrored) if with_masks else None)
+    if not with_masks:
+        return Instances(boxes, labels, None)
+    masks = _masks(things, boxes, found.size, size, mirrored)
+    kept = [number for number, mask in enumerate(masks) if mask.any()]
+    return Instances(boxes[kept], labels[kept], tuple(masks[number] for number in kept))
 
 
 def _moved(boxes: Sequence[Box], before: Size, after: Size, mirrored: bool) -> npt.NDArray[np.float32]:
@@ -95,7 +102,7 @@ def _masks(
     first = np.floor(boxes[:, :2]).astype(np.int64).tolist()
     last = np.ceil(boxes[:, 2:]).astype(np.int64).tolist()
     return tuple(
-        _sampled(_runs(thing.segmentation, before), before[0], rows[top:bottom], columns[left:right])
+        _sampled(_runs(thing, before), before[0], rows[top:bottom], columns[left:right])
         for thing, (left, top), (right, bottom) in zip(things, first, last, strict=True)
     )
 
@@ -111,12 +118,12 @@ def _sampled(
     return np.ascontiguousarray(pixels[columns - columns.min()][:, rows].T)
 
 
-def _runs(segmentation: Any, size: Size) -> npt.NDArray[np.int64]:
-    """Lengths of the runs of polygons or of a run-length encoding, at the stored (height, width)."""
-    if isinstance(segmentation, dict):
-        return rle.runs_of(segmentation)
+def _runs(thing: ImageObject, size: Size) -> npt.NDArray[np.int64]:
+    """Lengths of the runs of an object's mask at the stored (height, width)."""
+    if isinstance(thing.segmentation, dict):
+        return rle.runs_of(thing.segmentation) if thing.runs is None else thing.runs
     coco = _pycocotools()
-    drawn = coco.merge(coco.frPyObjects(segmentation, *size))
+    drawn = coco.merge(coco.frPyObjects(thing.segmentation, *size))
     return rle.runs_of({"size": list(size), "counts": drawn["counts"].decode("ascii")})
 
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Instances:
-    """k objects to be learned; crowds and what is less than a pixel wide or high are not among them."""
+    """k objects to be learned; crowds, what is less than a pixel wide or high, and masks without a pixel are not among
+    them."""
 
     boxes: npt.NDArray[np.float32]
     """(k, 4) left, top, right, bottom in pixels of the served image."""

@@ -9,10 +9,14 @@ except that `category` counts through the classes of the set; index.json tells t
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
+
+import numpy as np
+import numpy.typing as npt
 
 from data_pipeline.targets import rle
 from data_pipeline.targets.fault import TargetError, require_same_size
@@ -67,6 +71,9 @@ class ImageObject:
 
     segmentation: Any
     """Polygons (a list of lists of x, y, x, y, ...), a run-length encoding, or None."""
+
+    runs: npt.NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
+    """The run lengths that `segmentation` encodes, parsed; None for polygons."""
 
     def visible_box(self, size: tuple[int, int]) -> Box | None:
         """Left, top, right and bottom of what lies in an image of (height, width); None where that is less than a
@@ -128,10 +135,12 @@ def _object(entry: Any, size: tuple[int, int], labels: ObjectLabels) -> ImageObj
             raise TargetError(f"its area is {area!r}, and evaluation needs it")
         if type(crowd) is not int or crowd not in (0, 1):
             raise TargetError(f"iscrowd is {crowd!r} instead of 0 or 1")
-        segmentation = entry.get("segmentation") if labels.masks else None
+        segmentation, runs = entry.get("segmentation") if labels.masks else None, None
+        box = _box(entry.get("bbox"), size)
         if labels.masks:
-            _check_segmentation(segmentation, size)
-        return ImageObject(entry["id"], category, _box(entry.get("bbox"), size), area, crowd == 1, segmentation)
+            runs = _checked_runs(segmentation, size)
+            _require_overlap(_bounds(segmentation, runs, size[0]), box)
+        return ImageObject(entry["id"], category, box, area, crowd == 1, segmentation, runs)
     except TargetError as error:
         raise TargetError(f"annotation {entry['id']}: {error}") from None
 
@@ -147,18 +156,40 @@ def _box(box: Any, size: tuple[int, int]) -> Box:
     return left, top, width, height
 
 
-def _check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
+def _checked_runs(segmentation: Any, size: tuple[int, int]) -> npt.NDArray[np.int64] | None:
+    """The runs of a run-length encoding, None of polygons; raises TargetError for what is neither."""
     if isinstance(segmentation, dict):
         if segmentation.get("size") != list(size):
             raise TargetError(f"its mask is made for [height, width] {segmentation.get('size')}, not {list(size)}")
-        if not rle.runs_of(segmentation)[1::2].any():
+        runs = rle.runs_of(segmentation)
+        if not runs[1::2].any():
             raise TargetError("its mask holds no pixel")
-    elif not (isinstance(segmentation, list) and segmentation):
+        return runs
+    if not (isinstance(segmentation, list) and segmentation):
         raise TargetError("it has no segmentation (with --boxes-only none is needed)")
-    elif not all(map(_is_polygon, segmentation)):
+    if not all(map(_is_polygon, segmentation)):
         raise TargetError("its segmentation has a polygon that is no list of three or more points x, y, x, y, ...")
-    else:
-        _check_polygons(segmentation, size)
+    _check_polygons(segmentation, size)
+    return None
+
+
+def _bounds(segmentation: Any, runs: npt.NDArray[np.int64] | None, height: int) -> Box:
+    """Left, top, right and bottom of polygons, or of the pixels of runs."""
+    if runs is not None:
+        return rle.bounds_of(runs, height)
+    x, y = (list(itertools.chain(*(points[axis::2] for points in segmentation))) for axis in (0, 1))
+    return min(x), min(y), max(x), max(y)
+
+
+def _require_overlap(bounds: Box, box: Box) -> None:
+    """A mask that lies beside its box teaches that there is nothing in it; a pixel is left for rounding."""
+    left, top, width, height = box
+    beside = bounds[0] > left + width + 1 or bounds[2] < left - 1
+    if beside or bounds[1] > top + height + 1 or bounds[3] < top - 1:
+        raise TargetError(
+            f"its mask, from ({bounds[0]:g}, {bounds[1]:g}) to ({bounds[2]:g}, {bounds[3]:g}), lies beside its box "
+            f"{list(box)} [x, y, width, height]"
+        )
 
 
 def _check_polygons(polygons: list[list[float]], size: tuple[int, int]) -> None:

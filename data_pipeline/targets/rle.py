@@ -35,6 +35,22 @@ def runs_of(segmentation: dict[str, Any]) -> npt.NDArray[np.int64]:
     return runs
 
 
+def bounds_of(runs: npt.NDArray[np.int64], height: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the ones in `runs` down columns of `height` pixels; some must be there."""
+    ends = np.cumsum(runs)
+    stops = ends[1::2]
+    starts = ends[0::2][: len(stops)]
+    filled = stops > starts
+    starts, stops = starts[filled], stops[filled]
+    tops = starts % height
+    bottoms = tops + (stops - starts)
+    if bottoms.max() > height:  # a run goes on at the top of the next column
+        top, bottom = 0, height
+    else:
+        top, bottom = int(tops.min()), int(bottoms.max())
+    return int(starts[0]) // height, top, (int(stops[-1]) - 1) // height + 1, bottom
+
+
 def decode(segmentation: dict[str, Any]) -> npt.NDArray[np.bool_]:
     """The mask as bool (height, width); raises TargetError."""
     runs = runs_of(segmentation)

@@ -120,6 +120,26 @@ def test_crowds_and_what_is_less_than_a_pixel_are_left_out_and_boxes_are_cut_at_
     assert larger.boxes.tolist() == [[0, 0, 20, 24], [40, 30, 60, 40], [12, 12, 15, 32]]
 
 
+def test_objects_of_which_no_pixel_of_mask_is_left_in_the_box_are_left_out() -> None:
+    things = [
+        annotation(0, (2, 2, 12, 12), [rectangle(12.5, 3, 20, 11)]),  # half a pixel beside its box
+        annotation(1, (4, 4, 14, 14)),
+        annotation(2, (20, 4, 26, 10), {"size": [20, 30], "counts": [527, 1, 72]}),  # one pixel: row 7, column 26
+        annotation(3, (20, 4, 26, 10), {"size": [20, 30], "counts": [507, 1, 92]}),  # row 7, column 25
+    ]
+    found = instances(objects_of((20, 30), things), (20, 30), mirrored=False)
+    assert found.boxes.tolist() == [[4, 4, 14, 14], [20, 4, 26, 10]]
+    assert found.labels.tolist() == [1, 1]
+    assert found.masks is not None
+    assert [int(mask.sum()) for mask in found.masks] == [100, 1]
+    smaller = instances(
+        objects_of((20, 30), things), (8, 12), mirrored=False
+    )  # none of whose pixels has its centre there
+    assert smaller.labels.tolist() == [1]
+    boxes = instances(objects_of((20, 30), things, masks=False), (20, 30), mirrored=False, with_masks=False)
+    assert len(boxes) == 4
+
+
 def test_no_box_leaves_an_image_by_rounding() -> None:
     """1333 / 640 and 801 / 479 are no exact numbers."""
     found = instances(objects_of((479, 640), [annotation(0, (0, 0, 640, 479))]), (801, 1333), mirrored=True)

@@ -108,6 +108,15 @@ def test_run_lengths_are_decoded_as_pycocotools_does(drawn: tuple[int, int, int,
     assert (coco.decode(coco.frPyObjects(numbers, height, width)) == mask).all()
 
 
+@pytest.mark.parametrize(
+    "counts", [[12, 2, 16], [8, 5, 17], [0, 30], [3, 0, 9, 1, 4, 2, 11], [29, 1], [0, 0, 7, 2, 21]]
+)
+def test_the_bounds_of_runs_are_those_of_their_pixels(counts: list[int]) -> None:
+    mask = rle.decode({"size": [5, 6], "counts": counts})
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    assert rle.bounds_of(np.array(counts), 5) == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+
+
 def test_run_lengths_of_a_known_mask() -> None:
     mask = np.array([[0, 1, 1], [1, 1, 0]], bool)
     assert (rle.decode({"size": [2, 3], "counts": [1, 4, 1]}) == mask).all()
@@ -194,6 +203,15 @@ def test_objects_are_read_as_annotated() -> None:
         ({"segmentation": [[1, 1, 40.5, 1, 5, 5]]}, "annotation 4: .* a point far outside of the image of 20x10"),
         ({"segmentation": [[1, 1, 5, -1e9, 5, 5]]}, "annotation 4: .* a point far outside of the image of 20x10"),
         ({"segmentation": [[21, 1, 25, 1, 25, 5], [1, 11, 5, 11, 5, 15]]}, "lies outside of the image of 20x10"),
+        (
+            {"segmentation": [[7, 3, 9, 3, 9, 6]]},
+            r"annotation 4: its mask, from \(7, 3\) to \(9, 6\), lies beside its box \[1, 2.5, 3, 4\]",
+        ),
+        ({"segmentation": [[1, 8, 4, 8, 4, 9]]}, "annotation 4: its mask, .* lies beside its box"),
+        (
+            {"segmentation": {"size": [10, 20], "counts": [61, 3, 136]}},
+            r"annotation 4: its mask, from \(6, 1\) to \(7, 4\), lies beside its box",
+        ),
         ({"id": None}, "an annotation has no id"),
         ({"image_id": "3"}, "do not say the image's id"),
         ({"width": 0}, "state an image of 0 x 10 pixels"),
@@ -231,7 +249,7 @@ def test_two_annotations_with_one_id_are_refused() -> None:
     ],
 )
 def test_what_is_seen_of_a_box_is_cut_at_the_border_and_flat_ones_are_none(box: list[float], visible: Any) -> None:
-    (thing,) = read_objects(_objects(bbox=box), LABELS).objects
+    (thing,) = read_objects(_objects(bbox=box), ObjectLabels((7, 9), masks=False)).objects
     assert thing.visible_box((10, 20)) == visible
 
 
