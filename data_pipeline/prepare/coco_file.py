@@ -64,9 +64,10 @@ def read_coco_file(path: Path) -> CocoFile:
     ids: list[int] = []
     image_ids: list[int] = []
     places: list[tuple[int, int]] = []
-    seen = set()
+    seen: set[str] = set()
+    lists: set[str] = set()
     try:
-        for part, entry, start, end in _entries(text):
+        for part, entry, start, end in _entries(text, lists):
             seen.add(part)
             if part != "annotations" and not text[start:end].isascii():
                 entry = json.loads(text[start:end].encode("latin-1"))
@@ -85,6 +86,7 @@ def read_coco_file(path: Path) -> CocoFile:
         raise DataError(f"{path}: an entry of '{part}' has no {error}: {_shortened(entry)}.") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged or no annotation file: {error}.") from error
+    seen |= lists & {"annotations"}  # none of the images may have an object
     missing = [part for part in _PARTS if part not in seen]
     if missing:
         raise DataError(
@@ -95,8 +97,11 @@ def read_coco_file(path: Path) -> CocoFile:
     return CocoFile(images, dict(sorted(categories.items())), _by_image(path, images, ids, image_ids, places))
 
 
-def _entries(text: str) -> Iterator[tuple[str, Any, int, int]]:
-    """(name of the list, element, its first character, its end) of all elements of the lists in the file's object."""
+def _entries(text: str, lists: set[str]) -> Iterator[tuple[str, Any, int, int]]:
+    """(name of the list, element, its first character, its end) of all elements of the lists in the file's object.
+
+    Adds the names of the lists to `lists`, those of empty ones too.
+    """
     decode = json.JSONDecoder().raw_decode
     separator, position = _separator(text, 0, "{")
     start = _skip_space(text, position)
@@ -107,6 +112,7 @@ def _entries(text: str) -> Iterator[tuple[str, Any, int, int]]:
         _, position = _separator(text, position, ":")
         position = _skip_space(text, position)
         if name in _PARTS and text[position : position + 1] == "[":
+            lists.add(name)
             for element, start, end in _elements(text, position):
                 yield name, element, start, end
                 position = end

@@ -30,7 +30,7 @@ def _content() -> dict[str, Any]:
         _annotation(1, 7),
         _annotation(2, 139, 90),
         _annotation(3, 7, 1, iscrowd=1, segmentation=CROWD, bbox=[20, 0, 10, 30]),
-        _annotation(4, 8, bbox=[38, 25, 9, 9]),  # reaches beyond the border
+        _annotation(4, 8, bbox=[38, 25, 9, 9], segmentation=[[38, 25, 47, 25, 47, 34]]),  # reaches beyond the border
         _annotation(5, 8, bbox=[5, 5, 0, 3]),  # flat
     ]
     categories = [
@@ -189,7 +189,8 @@ def test_images_that_are_missing_or_of_another_size_are_left_out(coco: Coco, ima
         (lambda c: c["images"][0].pop("width"), "an entry of 'images' has no 'width'"),
         (lambda c: c["annotations"].append(3), "is damaged or no annotation file"),
         (lambda c: c.pop("categories"), "lists no categories"),
-        (lambda c: c.update(images=[], annotations=[]), "lists no images and no annotations"),
+        (lambda c: c.update(images=[], annotations=[]), "lists no images:"),
+        (lambda c: c.pop("annotations"), "lists no annotations:"),
         (lambda c: c["categories"].pop(), None),
     ],
 )
@@ -203,6 +204,14 @@ def test_a_file_that_contradicts_itself_is_refused_before_anything_is_written(
     assert (message or "has other categories than the split 'train2017'") in error
     assert ("instances_train2017.json" if message else "instances_val2017.json") in error
     assert not out.exists()
+
+
+def test_a_split_none_of_whose_images_has_an_object_is_prepared(coco: Coco) -> None:
+    status, out = _prepare(coco(lambda content: content.update(annotations=[])))
+    assert status == 0
+    targets = _targets(out)
+    assert len(targets) == 4
+    assert all(target["annotations"] == [] for target in targets.values())
 
 
 @pytest.mark.parametrize("end", [0, 1, 100, 700, -1])
