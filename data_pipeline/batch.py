@@ -95,12 +95,14 @@ class LabelledImages:
     transform: Transform
 
     def put(self, batch: Batch, slot: int, picture: Picture, sample: RawSample, rng: np.random.Generator) -> None:
+        """As Placing says."""
         changes = self.transform(picture, rng, batch.images[slot].numpy())
         batch.labels[slot] = sample.label
         if batch.changes:
             batch.changes[slot] = changes or UNCHANGED
 
     def clear(self, batch: Batch, slot: int) -> None:
+        """A black image of class 0."""
         batch.images[slot].numpy()[...] = 0
         batch.labels[slot] = 0
 

@@ -195,10 +195,12 @@ class DataConfig:
     """Random changes to training images."""
 
     segmentation: SegmentationDataConfig = field(default_factory=SegmentationDataConfig)
-    """Used by semantic segmentation, in place of image_size, eval_crop_pct and all of `augment` but the flip."""
+    """Used by semantic segmentation, in place of image_size, eval_crop_pct and all of `augment` but the flip and
+    `repeats`."""
 
     detection: DetectionDataConfig = field(default_factory=DetectionDataConfig)
-    """Used by detection, in place of image_size, eval_crop_pct and all of `augment` but the flip."""
+    """Used by detection, in place of image_size, eval_crop_pct and all of `augment` but the flip; `repeats` is
+    refused."""
 
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Used where `path` is a URL."""

@@ -27,7 +27,6 @@ def fitted(size: Size, short_side: int, long_side: int, factor: float = 1.0, *, 
     height, width = _rounded(size, factor)
     if within is not None and (height > within[0] or width > within[1]):
         height, width = _rounded(size, min(within[0] / size[0], within[1] / size[1]))
-        height, width = min(height, within[0]), min(width, within[1])
     return height, width
 
 

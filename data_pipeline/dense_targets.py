@@ -70,6 +70,7 @@ class WholeImages:
     targets: ClassMaps | Objects
 
     def put(self, batch: Batch, slot: int, picture: Picture, sample: RawSample, rng: np.random.Generator) -> None:
+        """As Placing says."""
         target = self.targets.of(sample, picture.size)
         pixels = np.array(whole(picture), order="C")  # the loader's threads use the memory again
         assert isinstance(batch.images, list)
@@ -77,6 +78,7 @@ class WholeImages:
         batch.sizes[slot], batch.targets[slot] = picture.size, target
 
     def clear(self, batch: Batch, slot: int) -> None:
+        """A small black image, and no target."""
         assert isinstance(batch.images, list)
         batch.images[slot] = torch.zeros((NOTHING_SIDE, NOTHING_SIDE, 3), dtype=torch.uint8)
         batch.sizes[slot], batch.targets[slot] = (NOTHING_SIDE, NOTHING_SIDE), None

@@ -43,6 +43,7 @@ _MOST = 10_000
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _SHOWN_CLASSES = 20
 _SHOWN_SIZES = 3
+_TRAINING_SIZES = {"segmentation": "segmentation.crop_size=256", "detection": "detection.short_sides=[320]"}
 
 _EPILOG = """\
 The overview reads the indexes only, and says which files are missing or have another size;
@@ -240,6 +241,11 @@ def _draw_grid(arguments: argparse.Namespace) -> int:
             elif arguments.training:
                 from data_pipeline.grid_dense import draw_training
 
+                if arguments.image_size is not None:
+                    raise DataError(
+                        f"--image-size has no meaning for {index.kind} as training sees it: set its sizes with --set, "
+                        f"such as {_TRAINING_SIZES[index.kind]}"
+                    )
                 picture = draw_training(
                     replace(config, path=str(folder), num_classes=len(index.classes)), index.kind, sheet
                 )
@@ -278,12 +284,13 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--epoch", type=int, default=0, metavar="N", help="whose order and augmentation; default 0")
     grid.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     grid.add_argument("--image-size", type=_count, metavar="PIXELS", help="in place of the configuration's")
-    grid.add_argument(
+    seen = grid.add_mutually_exclusive_group()
+    seen.add_argument(
         "--training",
         action="store_true",
         help="a set for a dense task, too, as training sees it: cropped, resized and mirrored",
     )
-    grid.add_argument(
+    seen.add_argument(
         "--evaluation", action="store_true", help="as evaluation sees the images: central crop, no augmentation"
     )
     grid.add_argument("--config", type=Path, metavar="FILE", help="a configuration, whose section data is used")

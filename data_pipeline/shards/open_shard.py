@@ -73,9 +73,11 @@ class OpenShard:
         self._held = (tar, index)
 
     def read_tar(self, size: int, offset: int) -> bytes:
+        """`size` bytes of the tar, fewer where it ends before. Raises OSError."""
         return _pread(self._tar, size, offset)
 
     def read_index(self, size: int, offset: int) -> bytes:
+        """`size` bytes of the index, fewer where it ends before. Raises OSError."""
         return _pread(self._index, size, offset)
 
     def __del__(self) -> None:

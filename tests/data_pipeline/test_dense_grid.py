@@ -62,3 +62,21 @@ def test_inspect_draws_a_dense_set_as_training_sees_it(kind: str, tmp_path: Path
     assert width == 150 if kind == "segmentation" else width in (96, 128, 160)
     assert inspect([*command, "--set", "order=block", "--split", "nothing"]) == 1
     assert "has no split 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--image-size", "64"], "--image-size has no meaning for segmentation as training sees it: set its sizes"),
+        (["--evaluation"], "argument --evaluation: not allowed with argument --training"),
+    ],
+)
+def test_inspect_refuses_options_that_training_would_not_follow(option, message: str, tmp_path: Path, capsys) -> None:
+    command = [str(segmentation_set(tmp_path, 1, 1)), "--grid", str(tmp_path / "grid.png"), "--training", *option]
+    try:
+        status = inspect(command)
+    except SystemExit as ended:
+        status = int(str(ended.code))
+    assert status > 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "grid.png").exists()
