@@ -182,12 +182,13 @@ def test_sharded_networks_compute_in_bfloat16_and_leave_losses_and_geometry_in_f
     configs: dict[str, Config], alone: dict[str, Any]
 ) -> None:
     for result in run_ranks(2, in_half, configs):
-        for task, ((loss, _), dtypes) in result.value.items():
+        for task, ((loss, norm), dtypes) in result.value.items():
             assert dtypes == {torch.float32}, task
-            # bfloat16 keeps 8 bits: an untrained network's loss agrees to some per cent, and is not the float32 one.
-            expected = alone[f"{task} ddp"][1][0][0]
+            # bfloat16 keeps 8 bits: loss and gradient of an untrained network agree to some per cent, and are others.
+            expected, whole = alone[f"{task} ddp"][1][0]
             assert loss == pytest.approx(expected, rel=0.05)
-            assert abs(loss / expected - 1) > 1e-6
+            assert norm == pytest.approx(whole, rel=0.2)
+            assert abs(norm / whole - 1) > 1e-5
 
 
 def shares_of(config: Config) -> dict[str, tuple[int, int]]:
