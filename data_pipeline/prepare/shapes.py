@@ -53,10 +53,11 @@ examples:
   python -m data_pipeline.prepare shapes --task segmentation --out data/shapes_segmentation
   python -m data_pipeline.prepare shapes --task detection --out data/shapes_detection --train 1000
 
-Shapes cover one another; what is seen of each is its mask. The shapes of an image have different hues. A quarter of the
-images also hold a blob, whose outline says nothing: it has the class of the one shape of the same hue and texture, its
-key, which is far away in the image (45 % of the long side and more). Some hold a crescent, which is of no class, and
-six of a hundred hold nothing at all. Images for segmentation are square, those for detection of any aspect.
+Shapes cover one another; what is seen of each is its mask. The shapes of an image have different hues. 20 % (detection)
+to 25 % (segmentation) of the images also hold a blob, whose outline says nothing: it has the class of the one shape of
+the same hue and texture, its key, which is far away in the image (45 % of the long side and more). 15 to 20 % hold a
+crescent, which is of no class, and 6 to 8 % hold nothing at all. Images for segmentation are square, those for
+detection of any aspect.
 
 Images, and masks or annotations, are kept in the folder OUT-source: in the layout of ADE20K (images/, annotations/;
 training and validation; 0 is "other", the crescents, and is ignored) or of COCO (annotations/instances_train2017.json;
