@@ -72,6 +72,8 @@ class WholeImages:
     def put(self, batch: Batch, slot: int, picture: Picture, sample: RawSample, rng: np.random.Generator) -> None:
         """As Placing says."""
         target = self.targets.of(sample, picture.size)
+        if isinstance(target, ImageObjects):
+            target = target.without_runs()  # an evaluation keeps the objects of all images, and sends them to one rank
         pixels = np.array(whole(picture), order="C")  # the loader's threads use the memory again
         assert isinstance(batch.images, list)
         batch.images[slot] = torch.from_numpy(pixels)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -94,6 +94,10 @@ class ImageObjects:
     """(height, width)"""
 
     objects: tuple[ImageObject, ...]
+
+    def without_runs(self) -> ImageObjects:
+        """The same without parsed run lengths, which are several times as large as their text."""
+        return replace(self, objects=tuple(replace(thing, runs=None) for thing in self.objects))
 
 
 def read_objects(data: bytes, labels: ObjectLabels) -> ImageObjects:

@@ -345,6 +345,16 @@ def test_settings_and_sources_that_do_not_fit_are_refused(configs) -> None:
         _open(replace(configs["detection"], num_classes=2), "segmentation")
 
 
+def test_repeats_serve_an_image_of_segmentation_again_with_other_draws(tmp_path: Path) -> None:
+    config = segmentation_config(segmentation_set(tmp_path, 40, 1), photometric_distortion=True)
+    with _open(replace(config, augment=AugmentConfig(repeats=3)), "segmentation") as loader:
+        places = [place for batch in loader for place in contents(batch)]
+    ids = [place[1] for place in places]
+    assert ids[32:] == ids[:8], "copies follow in turns of 32"
+    assert len(set(ids)) == 32
+    assert len({place[4] for place in places}) == 40, "no two alike"
+
+
 def test_segmentation_may_be_served_in_blocks(configs) -> None:
     config = replace(configs["segmentation"], order="block", block_shards=2)
     with _open(config, "segmentation") as loader:

@@ -137,7 +137,7 @@ def test_objects_are_drawn_where_they_are_and_flat_ones_are_not(tmp_path: Path, 
     square = [10, 10, 20, 10, 20, 20, 10, 20]
     annotations = [
         {**thing, "id": 1, "bbox": [10, 10, 10, 10], "segmentation": [square]},
-        {**thing, "id": 2, "bbox": [30, 5, 0, 9], "segmentation": [square]},
+        {**thing, "id": 2, "bbox": [30, 5, 0, 9], "segmentation": [[30, 5, 30, 9, 30, 14]]},
     ]
     content = {"images": [{"id": 5, "file_name": "a.png", "width": 40, "height": 30}], "annotations": annotations}
     content["categories"] = [{"id": 3, "name": "thing"}]

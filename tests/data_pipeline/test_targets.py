@@ -225,6 +225,14 @@ def test_annotations_that_are_wrong_are_refused_with_the_id(changes: dict[str, A
         check_objects(_objects(**changes), (10, 20), LABELS)
 
 
+def test_run_lengths_are_parsed_once_and_may_be_left_out_again() -> None:
+    found = read_objects(_objects(segmentation={"size": [10, 20], "counts": [13, 4, 183]}), LABELS)
+    assert found.objects[0].runs is not None
+    assert found.objects[0].runs.tolist() == [13, 4, 183]
+    assert found.without_runs().objects[0].runs is None
+    assert found.without_runs() == found, "runs say nothing that the encoding does not"
+
+
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
 def test_what_is_no_annotation_is_refused(data: bytes) -> None:
     with pytest.raises(TargetError, match="the annotations are"):
