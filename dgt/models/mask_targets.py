@@ -4,9 +4,9 @@ The same as RoIAlign of one map of the whole image for each object. RoIAlign's s
 product of three matrices: weights of rows, mask, weights of columns. Here the mask is the object's own crop, and memory
 does not grow with objects times image.
 
-A pixel's centre lies half a pixel from its corner, as in Detectron2 and mmdetection. torchvision's own
-Mask R-CNN leaves that out, here and where it draws masks: of an ellipse or rectangle 16 pixels wide, a perfect answer
-then comes back with an IoU of 0.88 instead of 1.
+A pixel's centre lies half a pixel from its corner, as in Detectron2 and mmdetection. torchvision's own Mask R-CNN
+leaves that out, here and where it draws masks, so that even a perfect answer may come back another mask than it was
+made of.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class RCNN(DenseNetwork):
         assert sample_keys is not None
         check_norm(self.options, images.device)
         truths = truths_of(targets, len(images), self.options.has_masks, maps[0])
-        objectness, box = self.rpn.losses(proposed, [truth.boxes for truth in truths], sample_keys)
+        objectness, box = self.rpn.losses(proposed, sizes, [truth.boxes for truth in truths], sample_keys)
         losses = self.roi_heads.losses(maps, proposed.boxes, sizes, truths, sample_keys)
         return {"rpn_objectness": objectness, "rpn_box": box} | losses
 

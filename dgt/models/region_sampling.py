@@ -15,6 +15,7 @@ from dgt.models.drop_path import hash_uint32
 # Counters of hash_uint32 that no drop path has: these count from 0 on, two for each block.
 ANCHOR_DRAW = 1 << 20
 REGION_DRAW = ANCHOR_DRAW + 1
+MASK_DRAW = ANCHOR_DRAW + 2
 
 
 class KeyedSampler:
@@ -37,10 +38,15 @@ class KeyedSampler:
 
     def of_image(self, labels: Tensor, key: Tensor) -> Tensor:
         """The same of one image; `key`: () int64."""
-        positive, negative = torch.where(labels >= 1)[0], torch.where(labels == 0)[0]
+        positive, negative = self.positives(labels, key), torch.where(labels == 0)[0]
+        left = min(len(negative), self.count - len(positive))
+        return torch.cat([positive, self.some(negative, left, key)]).sort().values
+
+    def positives(self, labels: Tensor, key: Tensor) -> Tensor:
+        """The chosen positive candidates of one image alone, as indices that rise."""
+        positive = torch.where(labels >= 1)[0]
         most = min(len(positive), int(self.count * self.positive_share))
-        chosen = [self.some(positive, most, key), self.some(negative, min(len(negative), self.count - most), key)]
-        return torch.cat(chosen).sort().values
+        return self.some(positive, most, key).sort().values
 
     def some(self, candidates: Tensor, count: int, key: Tensor) -> Tensor:
         """`count` of the `candidates`, (m,) different int64 indices in [0, 2**32)."""

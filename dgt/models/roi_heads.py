@@ -22,7 +22,7 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_sm
 
 from dgt.models.mask_targets import mask_targets
 from dgt.models.rcnn_config import RCNNConfig
-from dgt.models.region_sampling import REGION_DRAW, KeyedSampler
+from dgt.models.region_sampling import MASK_DRAW, REGION_DRAW, KeyedSampler
 from dgt.models.roi_align import RegionPool
 
 BOX_CELLS, MASK_CELLS = 7, 14
@@ -73,6 +73,7 @@ class BoxHead(nn.Module):
             self.predictor.bbox_pred = nn.Linear(hidden, 4)
 
     def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """What is said of each region: (r, 1 + classes) logits, the background first, and (r, 4 x boxes) deltas."""
         logits, deltas = self.predictor(self.head(regions))
         return logits, deltas
 
@@ -115,6 +116,7 @@ class RegionHeads(nn.Module):
         self.mask_head = MaskHead(channels, num_classes, options, norm) if options.has_masks else None
         self.box_pool, self.mask_pool = RegionPool(BOX_CELLS), RegionPool(MASK_CELLS)
         self.sampler = KeyedSampler(heads.rois_per_image, heads.positive_share, REGION_DRAW)
+        self.mask_sampler = KeyedSampler(heads.rois_per_image, heads.positive_share, MASK_DRAW)
 
     def losses(
         self, maps: Sequence[Tensor], regions: list[Tensor], sizes: Sizes, truths: list[Truth], keys: Tensor
@@ -134,7 +136,7 @@ class RegionHeads(nn.Module):
             boxes = boxes + stage.weight * box_losses(deltas, stage.coder, own, matched, truths)
         losses = {"box_class": classes, "box": boxes}
         if self.mask_head is not None:
-            losses["mask"] = self.mask_losses(maps, own, sizes, matched, truths)
+            losses["mask"] = self.mask_losses(maps, own, sizes, matched, truths, keys)
         return losses
 
     def match(self, regions: Sequence[Tensor], truths: Sequence[Truth], iou: float) -> list[Matched]:
@@ -168,10 +170,20 @@ class RegionHeads(nn.Module):
         return [clip_boxes_to_image(own, size) for own, size in zip(parts, sizes, strict=True)]
 
     def mask_losses(
-        self, maps: Sequence[Tensor], regions: list[Tensor], sizes: Sizes, matched: list[Matched], truths: list[Truth]
+        self,
+        maps: Sequence[Tensor],
+        regions: list[Tensor],
+        sizes: Sizes,
+        matched: list[Matched],
+        truths: list[Truth],
+        keys: Tensor,
     ) -> Tensor:
-        """(n,): the mean of each image's positive regions; 0 (with a gradient of zeros) where there are none."""
-        positive = [torch.where(found.labels > 0)[0] for found in matched]
+        """(n,): the mean of each image's positive regions; 0 (with a gradient of zeros) where there are none.
+
+        At most the configured share of the regions learned from is taken, by a draw of its own: the last stage of a
+        cascade may have made all of them positive.
+        """
+        positive = [self.mask_sampler.positives(found.labels, key) for found, key in zip(matched, keys, strict=True)]
         regions = [boxes[at] for boxes, at in zip(regions, positive, strict=True)]
         labels = torch.cat([found.labels[at] for found, at in zip(matched, positive, strict=True)])
         logits = self.masked(maps, regions, labels)

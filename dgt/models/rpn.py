@@ -91,11 +91,14 @@ class ProposalNetwork(RegionProposalNetwork):
         found, _ = self.filter_proposals(boxes, logits, list(sizes), [shape.numel() for shape in shapes])
         return Proposed(anchors, logits.view(n, -1), deltas.view(n, -1, 4), found)
 
-    def losses(self, proposed: Proposed, truths: Sequence[Tensor], keys: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, proposed: Proposed, sizes: Sequence[tuple[int, int]], truths: Sequence[Tensor], keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(n,) losses of objectness and (n,) of boxes, each image's by the number of its own anchors learned from.
 
         Args:
             proposed: what `forward` gave.
+            sizes: (height, width) of each image; the background is learned from anchors with their centre in it.
             truths: of each image (k, 4) the boxes of its objects.
             keys: (n,) int64 keys of the draw of anchors.
         """
@@ -103,6 +106,7 @@ class ProposalNetwork(RegionProposalNetwork):
         labels, matched = self.assign_targets_to_anchors(
             [anchors] * len(truths), [{"boxes": boxes} for boxes in truths]
         )
+        labels = [on_image(own, anchors, size) for own, size in zip(labels, sizes, strict=True)]
         chosen = self.fg_bg_sampler(labels, keys)
         objectness, box = [], []
         for i, at in enumerate(chosen):
@@ -126,6 +130,14 @@ class ProposalNetwork(RegionProposalNetwork):
             chosen.append(logits.sort(dim=1, descending=True, stable=True).indices[:, :count] + begin)
             begin += logits.shape[1]
         return torch.cat(chosen, dim=1)
+
+
+def on_image(labels: Tensor, anchors: Tensor, size: tuple[int, int]) -> Tensor:
+    """(a,) labels of (a, 4) anchors, 0 = background, of which those with their centre beyond the image become -1: they
+    are not learned from, or an image on a canvas much larger than itself would teach mostly what padding looks like."""
+    centre = (anchors[:, :2] + anchors[:, 2:]) / 2
+    beyond = (centre[:, 0] >= size[1]) | (centre[:, 1] >= size[0])
+    return torch.where(beyond & (labels == 0), -1, labels)
 
 
 def overlaps(boxes: Tensor, anchors: Tensor) -> Tensor:
