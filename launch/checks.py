@@ -229,18 +229,17 @@ def samples(config: Config) -> tuple[int, int]:
 
 def masks(config: Config) -> None:
     """Raises DataError where objects are to be segmented and the data has their boxes only."""
-    from data_pipeline.shards import set_index
+    from data_pipeline.shards.reader import read_index
     from data_pipeline.shards.source import DataError
-    from data_pipeline.shards.storage import open_storage
+    from data_pipeline.shards.storage import without_secrets
     from dgt.tasks import DetectionConfig
 
     if not isinstance(config.task, DetectionConfig) or not config.task.has_masks:
         return
-    storage = open_storage(config.data.path, config.data.cache)
-    if not set_index.load(storage).targets.get("masks", True):
+    if not read_index(config.data).targets.get("masks", True):
         raise DataError(
-            f"{storage.shown()} has boxes and no masks, from which a {config.task.detector} cannot learn; set "
-            "task.detector to faster_rcnn"
+            f"{without_secrets(config.data.path)} has boxes and no masks, from which a {config.task.detector} cannot "
+            "learn; set task.detector to faster_rcnn"
         )
 
 

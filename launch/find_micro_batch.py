@@ -191,7 +191,7 @@ def find(options: argparse.Namespace) -> int:
     import torch
 
     from dgt.config import load
-    from launch.plan import grid
+    from launch.wording import grid
 
     config = load(options.config, options.overrides)
     if options.ranks < 1:

@@ -16,7 +16,6 @@ from launch import cluster
 from launch.layout import Layout, count
 from launch.profiles import Profile
 from launch.runs import LaunchError
-from launch.secret_words import secret_in_url
 
 if TYPE_CHECKING:
     from torch import nn
@@ -357,32 +356,6 @@ def measured_saves(metrics: Path) -> Iterator[float]:
             continue
         if isinstance(value, (int, float)) and math.isfinite(value):
             yield value
-
-
-def no_secrets(config: Config) -> None:
-    """Raises LaunchError where a URL in the configuration carries a password, a token or a signature."""
-    from data_pipeline.shards.storage import without_secrets
-    from dgt.training.run_folder import plain
-
-    for key, value in texts(plain(config)):
-        if secret_in_url(value):
-            raise LaunchError(
-                f"{key}: {without_secrets(value)} is given with a password, a token or a signature, and the "
-                "configuration is printed and stored in the run's folder; keep credentials in the environment, "
-                "~/.netrc or ~/.aws/credentials"
-            )
-
-
-def texts(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of every text in nested plain values."""
-    if isinstance(values, Mapping):
-        for key, below in values.items():
-            yield from texts(below, f"{path}.{key}" if path else str(key))
-    elif isinstance(values, list):
-        for below in values:
-            yield from texts(below, path)
-    elif isinstance(values, str):
-        yield path, values
 
 
 def shared_folder(run: Path, nodes: int) -> str | None:

@@ -21,6 +21,7 @@ if not __package__:  # started as a file: what is imported must come from beside
 from launch import checks, goodput, profiles, program, traffic
 from launch.layout import Layout
 from launch.profiles import Profile
+from launch.wording import UNKNOWN, gigabytes, grid, seconds, table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 WIDTH = 100
 LONGEST_RUN = 30 * 86400.0
 """Seconds of the runs that are simulated, and the longest time between checkpoints that is recommended."""
-UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -319,30 +319,6 @@ def cluster(plan: Plan) -> goodput.Cluster | str:
         storage=hardware.storage_gb_s * 1e9 if hardware.storage_gb_s else None,
         asynchronous=plan.config.checkpoint.asynchronous,
     )
-
-
-def seconds(value: float | None) -> str:
-    """A time in words."""
-    if value is None:
-        return UNKNOWN
-    return f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
-
-
-def grid(rows: Sequence[Sequence[str]]) -> str:
-    """Columns, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows)
-
-
-def gigabytes(value: int) -> str:
-    """Bytes in words."""
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
-
-
-def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Two columns."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def parser() -> argparse.ArgumentParser:

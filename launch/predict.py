@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +20,8 @@ from launch import program
 from launch.runs import LaunchError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dgt.config import Config
     from launch.answers import Answer, Labels
     from launch.sources import Found
@@ -25,11 +29,30 @@ if TYPE_CHECKING:
 OF_TASKS = {"top": "classification", "threshold": "detection"}
 """Options that are not for all tasks."""
 
+OVERRIDE = re.compile(r"[a-z]\w*(\.\w+)*=")
+"""Begins like key=value, which no image does unless there is a file of this name."""
+
+PREDICTIONS = "predictions.json"
+"""Name of the file in --out that says everything that was found."""
+
+MARK = ("Software", "dgt-predict")
+"""What a written picture says of itself (PNG's tEXt), so that a later call may replace it."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints and writes what was found; returns the exit status: 2 where an image could not be used, too."""
-    options = parser().parse_intermixed_args(argv)
+    options = with_overrides(parser().parse_intermixed_args(argv), sys.argv[1:] if argv is None else argv)
     return program.guarded("dgt-predict", lambda: predict(options))
+
+
+def with_overrides(options: argparse.Namespace, words: Sequence[str]) -> argparse.Namespace:
+    """The options with what --image has swallowed put among the overrides: arguments such as data.path=DIR that are
+    no files. `words`: the command line, whose order the overrides keep."""
+    swallowed = [word for word in options.image if OVERRIDE.match(word) and not Path(word).exists()]
+    known = {*options.overrides, *swallowed}
+    options.overrides = [word for word in words if word in known]
+    options.image = [word for word in options.image if word not in swallowed]
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +102,10 @@ def predict(options: argparse.Namespace) -> int:
     source = sources.find(options)
     config = source.config
     refuse_foreign(config.task.name, options)
-    names = output_names(images.paths, out)
+    config = with_threshold(config, options.threshold)
+    names = output_names(images.paths)
+    if out:
+        refuse_to_replace(out, images.paths, names)
     checks.network(config)
     with joined() as world:
         if world.size > 1:
@@ -121,6 +147,16 @@ def refuse_foreign(task: str, options: argparse.Namespace) -> None:
         raise LaunchError(f"--threshold: must lie in [0, 1], got {options.threshold}")
 
 
+def with_threshold(config: Config, threshold: float | None) -> Config:
+    """The configuration in which detection drops nothing that reaches the threshold before it is looked at."""
+    from dgt.tasks import DetectionConfig
+
+    task = config.task
+    if threshold is None or not isinstance(task, DetectionConfig) or threshold >= task.score_threshold:
+        return config
+    return dataclasses.replace(config, task=dataclasses.replace(task, score_threshold=threshold))
+
+
 @dataclass
 class Images:
     """The files to be answered to, and what cannot be."""
@@ -138,7 +174,7 @@ def listed(arguments: Sequence[str], out: Path | None) -> Images:
     """The files that were named, and all image files below folders in the order of their names, each once.
 
     What lies in `out` is passed over in folders: it may come from an earlier call. Raises LaunchError where there is
-    none.
+    none, or a folder's images all lie in `out`.
     """
     from data_pipeline.prepare.imagefolder import EXTENSIONS
 
@@ -147,6 +183,11 @@ def listed(arguments: Sequence[str], out: Path | None) -> Images:
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.suffix.lower().removeprefix(".") in EXTENSIONS)
             within = [file for file in found if out is None or out.resolve() not in file.resolve().parents]
+            if found and not within:
+                raise LaunchError(
+                    f"--out {out}: all images of {path} lie there, where an earlier call may have written them; name "
+                    "another folder with --out"
+                )
             if not within:
                 images.refuse(path, f"this folder holds no image (looked for .{', .'.join(EXTENSIONS)})")
         else:
@@ -162,11 +203,10 @@ def listed(arguments: Sequence[str], out: Path | None) -> Images:
     return images
 
 
-def output_names(paths: Sequence[Path], out: Path | None) -> list[str]:
+def output_names(paths: Sequence[Path]) -> list[str]:
     """For each image the name of what is written for it: its own without the ending, numbered where that is taken.
 
-    Names that differ in upper and lower case only count as the same, as they do on some disks. Raises LaunchError
-    where a picture would take the place of an image.
+    Names that differ in upper and lower case only count as the same, as they do on some disks.
     """
     own = [path.stem.casefold() for path in paths]
     taken: set[str] = set()
@@ -178,14 +218,35 @@ def output_names(paths: Sequence[Path], out: Path | None) -> list[str]:
             name = f"{path.stem}_{number}"
         taken.add(name.casefold())
         names.append(name)
-    images = {path.resolve() for path in paths}
-    for name in names if out else ():
-        for written in (out / f"{name}.png", out / "classes" / f"{name}.png"):  # type: ignore[operator]
-            if written.resolve() in images:
-                raise LaunchError(
-                    f"--out {out}: the picture {written} would take an image's place; name another folder"
-                )
     return names
+
+
+def refuse_to_replace(out: Path, paths: Sequence[Path], names: Sequence[str]) -> None:
+    """Raises LaunchError where `out` holds one of the images, or another file where one is to be written."""
+    places = {folder.resolve() for folder in (out, out / "classes")}
+    for path in paths:
+        if path.resolve().parent in places or path.parent.resolve() in places:
+            raise LaunchError(f"--out {out}: the image {path} lies there; name another folder with --out")
+    pictures = [folder / f"{name}.png" for name in names for folder in (out, out / "classes")]
+    for written in (*pictures, out / PREDICTIONS):
+        if written.exists() and not is_own(written):
+            raise LaunchError(
+                f"--out {out}: {written} is not of this program and would be replaced; name another folder with --out"
+            )
+
+
+def is_own(path: Path) -> bool:
+    """Whether this program has written a picture or a predictions.json, as far as what is in it tells."""
+    from PIL import Image
+
+    try:
+        if path.suffix != ".json":
+            with Image.open(path) as picture:
+                return picture.info.get(MARK[0]) == MARK[1]
+        entries = json.loads(path.read_bytes())
+        return isinstance(entries, list) and all("file" in entry or "file_name" in entry for entry in entries)
+    except (OSError, ValueError, TypeError, Image.DecompressionBombError):
+        return False
 
 
 def labels_of(config: Config, found: Found) -> Labels:
@@ -216,9 +277,9 @@ def of_data(config: Config) -> tuple[tuple[str, ...], tuple[int, ...]]:
     Raises DataError where the data cannot be opened, or has another number of classes. Of shards their index is enough.
     """
     from data_pipeline.loader import open_split
-    from data_pipeline.shards import set_index
+    from data_pipeline.shards.reader import read_index
     from data_pipeline.shards.source import DataError
-    from data_pipeline.shards.storage import open_storage
+    from data_pipeline.shards.storage import without_secrets
 
     data = config.data
     if data.backend != "webdataset":
@@ -229,13 +290,11 @@ def of_data(config: Config) -> tuple[tuple[str, ...], tuple[int, ...]]:
             source.close()
     if not data.path:
         raise DataError("no data set was named with data.path")
-    storage = open_storage(data.path, data.cache)
-    try:
-        index = set_index.load(storage)
-    finally:
-        storage.close()
+    index = read_index(data)
     if len(index.classes) != data.num_classes:
-        raise DataError(f"{storage.shown()} has {len(index.classes)} classes, and the network {data.num_classes}")
+        raise DataError(
+            f"{without_secrets(data.path)} has {len(index.classes)} classes, and the network {data.num_classes}"
+        )
     return index.classes, tuple(index.targets.get("category_ids", ()))
 
 
@@ -250,8 +309,6 @@ class Told:
 
     def add(self, path: Path, name: str, answer: Answer) -> None:
         """One image's answer. Raises LaunchError where it cannot be written."""
-        from PIL import Image
-
         from launch.answers import Segmented
 
         height, width = answer.image.shape[:2]
@@ -259,11 +316,11 @@ class Told:
         try:
             if self.out:
                 entry["picture"] = str(self.out / f"{name}.png")
-                Image.fromarray(answer.picture()).save(entry["picture"])
+                write_picture(self.out / f"{name}.png", answer.picture())
                 if isinstance(answer, Segmented):
                     entry["class_map"] = str(self.out / "classes" / f"{name}.png")
                     (self.out / "classes").mkdir(exist_ok=True)
-                    Image.fromarray(answer.classes).save(entry["class_map"])
+                    write_picture(self.out / "classes" / f"{name}.png", answer.classes)
         except OSError as error:
             raise LaunchError(f"--out {self.out}: cannot be written: {error.strerror or error}") from None
         self.entries.append(entry | answer.content())
@@ -282,12 +339,27 @@ class Told:
                     for number, entry in enumerate(self.entries, 1)
                     for found in entry["objects"]
                 ]
+            from data_pipeline.shards.files import atomic_write
+
             try:
-                (self.out / "predictions.json").write_text(json.dumps(content, indent=1) + "\n")
+                with atomic_write(self.out / PREDICTIONS) as file:
+                    file.write(json.dumps(content, indent=1).encode() + b"\n")
             except OSError as error:
                 raise LaunchError(f"--out {self.out}: cannot be written: {error.strerror or error}") from None
         if self.as_json:
             print(json.dumps({**self.facts, "images": self.entries, "refused": refused}))
+
+
+def write_picture(path: Path, pixels: np.ndarray) -> None:
+    """Writes uint8 (H, W) or (H, W, 3) as PNG: wholly, or not at all. Raises OSError."""
+    from PIL import Image, PngImagePlugin
+
+    from data_pipeline.shards.files import atomic_write
+
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text(*MARK)
+    with atomic_write(path) as file:
+        Image.fromarray(pixels).save(file, "PNG", pnginfo=mark)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,13 @@ configurations, and can err on both sides.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from launch.runs import LaunchError
+
+if TYPE_CHECKING:
+    from dgt.config import Config
 
 NAME = re.compile(
     r"SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|TOKENS?(?![A-Z])|(API|ACCESS|PRIVATE|SIGNING|NGC|WANDB)_?KEY"
@@ -72,3 +79,29 @@ def is_token(user: str) -> bool:
     """Whether the name before a URL's @ is one, as `git clone https://TOKEN@host` takes it."""
     random = len(user) >= 20 and re.search(r"\d", user) and re.search(r"[A-Za-z]", user) and "$" not in user
     return bool(TOKEN_BEGINS.match(user) or random)
+
+
+def no_secrets(config: Config) -> None:
+    """Raises LaunchError where a URL in the configuration carries a password, a token or a signature."""
+    from data_pipeline.shards.storage import without_secrets
+    from dgt.training.run_folder import plain
+
+    for key, value in texts(plain(config)):
+        if secret_in_url(value):
+            raise LaunchError(
+                f"{key}: {without_secrets(value)} is given with a password, a token or a signature, and the "
+                "configuration is printed and stored in the run's folder; keep credentials in the environment, "
+                "~/.netrc or ~/.aws/credentials"
+            )
+
+
+def texts(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in nested plain values."""
+    if isinstance(values, Mapping):
+        for key, below in values.items():
+            yield from texts(below, f"{path}.{key}" if path else str(key))
+    elif isinstance(values, list):
+        for below in values:
+            yield from texts(below, path)
+    elif isinstance(values, str):
+        yield path, values

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch import batch_script, checks, events, limits, local, profiles, runs, snapshot
+from launch import batch_script, checks, events, limits, local, profiles, runs, secret_words, snapshot
 from launch.layout import Layout
 from launch.profiles import Profile
 from launch.runs import JobRecord, LaunchError
@@ -57,7 +57,7 @@ def check(request: Request) -> Checked:
     checks.evaluation(config, where.ranks)
     checks.beginning(config)
     checks.augmentation(config)
-    limits.no_secrets(config)
+    secret_words.no_secrets(config)
     found = checks.problems(lambda: checks.samples(config), lambda: checks.output_folder(config))
     warnings = checks.sizes_to_compile(config)
     if where.cluster == "slurm":

@@ -67,6 +67,15 @@ def open_source(config: DataConfig, split: str, kind: str = "classification") ->
     return TarSource(storage, split, index, shards_at_once(config, split, len(shards)), fetch_all)
 
 
+def read_index(config: DataConfig) -> set_index.SetIndex:
+    """What the set at `config.path` says of itself; nothing stays open. Raises DataError where it cannot be read."""
+    storage = open_storage(config.path, config.cache)
+    try:
+        return set_index.load(storage)
+    finally:
+        storage.close()
+
+
 def check_files(folder: Path, split: SplitIndex) -> None:
     """Check that every shard and its index exist with the stated sizes; one DataError names those that do not."""
     problems = file_problems(folder, split)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from data_pipeline.targets.fault import TargetError
 
-_MOST_GROUPS = 7  # 35 bits, more pixels than any image has
+_MOST_GROUPS = 6  # 30 bits, more pixels than any image has; pycocotools reads negative numbers of more otherwise
 
 
 def runs_of(segmentation: dict[str, Any]) -> npt.NDArray[np.int64]:

@@ -109,14 +109,14 @@ class Detection:
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """Of the classes, as the data set has them; () where there is no data set to ask."""
-        from data_pipeline.loader import open_split
+        from data_pipeline.shards.reader import read_index
 
-        return open_split(self.data, self.data.val_split, self.kind).class_names if self.data.path else ()
+        return read_index(self.data).classes if self.data.path else ()
 
     def metrics(self, totals: Tensor, records: Mapping[int, Any]) -> dict[str, float]:
         """Average precision in percent (see `dgt.tasks.average_precision.metrics_of`) and the number of images.
 
-        Raises DataError where nothing could be evaluated.
+        Raises DataError where no image could be evaluated.
         """
         from dgt.tasks.average_precision import metrics_of
 

@@ -43,12 +43,19 @@ class Segmentation:
     best_metric = "miou"
 
     def __init__(self, config: SegmentationConfig, model: ModelConfig, data: DataConfig):
-        """Raises ValueError for more classes than a class map can hold, or another number of class weights."""
+        """Raises ValueError for more classes than a class map can hold, another number of class weights, or windows of
+        inference between which pixels would be left out."""
         self.config = config
         self.model_config = model
         self.data = data
         if len(config.class_weights) not in (0, data.num_classes):
             raise ValueError(f"class_weights: {len(config.class_weights)} weights for {data.num_classes} classes")
+        inference, side = config.inference, data.segmentation.crop_size
+        if inference.mode == "slide" and inference.stride > side:
+            raise ValueError(
+                f"inference.stride: {inference.stride} pixels from window to window leave some between windows of "
+                f"data.segmentation.crop_size {side}; take {side} or fewer"
+            )
         self.counts = PixelCounts(data.num_classes)
 
     def build_model(self) -> nn.Module:
@@ -184,9 +191,9 @@ class Segmentation:
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """Of the classes, as the data set has them; () where there is no data set to ask."""
-        from data_pipeline.loader import open_split
+        from data_pipeline.shards.reader import read_index
 
-        return open_split(self.data, self.data.val_split, self.kind).class_names if self.data.path else ()
+        return read_index(self.data).classes if self.data.path else ()
 
     def metrics(self, totals: Tensor, records: Mapping[int, Any] | None = None) -> dict[str, float]:
         """miou, macc and pixel_acc in percent, and the number of images (samples) that they were counted over."""

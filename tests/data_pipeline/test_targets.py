@@ -133,6 +133,7 @@ def test_run_lengths_of_a_known_mask() -> None:
         ({"size": [2, 3], "counts": "1é"}, "characters that no mask has"),
         ({"size": [2, 3], "counts": "1 4"}, "characters that no mask has"),
         ({"size": [2, 3], "counts": "o" * 40 + "0"}, "too large"),
+        ({"size": [4, 11], "counts": ":a0_0`oooooO"}, "too large"),  # -16 in 7 groups, which pycocotools takes for -8
         ({"size": [2, 3], "counts": ""}, "do not cover"),
         ({"size": [0, 3], "counts": []}, r"instead of \[height, width\]"),
         ({"counts": [1]}, r"instead of \[height, width\]"),

@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.shards import cache
 from dgt.config import load
-from launch import checks, limits, memory
+from launch import checks, limits, memory, secret_words
 from launch.layout import Layout
 from launch.profiles import Profile
 from launch.runs import LaunchError
@@ -303,7 +303,7 @@ def test_run_that_needs_more_than_its_gpu_has_is_refused(config: Path) -> None:
 )
 def test_password_in_the_configuration_is_refused_without_showing_it(override: str, shown: str, config: Path) -> None:
     with pytest.raises(LaunchError, match=shown) as caught:
-        limits.no_secrets(load(config, [override]))
+        secret_words.no_secrets(load(config, [override]))
     assert "~/.netrc" in str(caught.value)
     assert "pass" not in str(caught.value).replace("password", "")
 
@@ -312,7 +312,7 @@ def test_password_in_the_configuration_is_refused_without_showing_it(override: s
     "path", ["https://host:8080/a@b", "s3://bucket/set?versionId=1", "/data/a:b@c", "https://me@host/a?tokens=5"]
 )
 def test_ordinary_address_is_no_secret(path: str, config: Path) -> None:
-    limits.no_secrets(load(config, [f"data.path={path}"]))
+    secret_words.no_secrets(load(config, [f"data.path={path}"]))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from dgt.config import load
 from launch import checks, memory, plan, traffic
 from launch.layout import Layout
 from launch.profiles import Hardware, Profile
+from launch.wording import gigabytes
 
 HARDWARE = Hardware(
     peak_tflops=100.0, reached_share=0.5, intra_node_gb_s=400.0, inter_node_gb_s=40.0, host_copy_gb_s=10.0,
@@ -235,10 +236,10 @@ def test_disk_holds_what_is_kept_and_what_is_being_written(config: Path) -> None
     made = planned(config, 1, 1, ["checkpoint.keep_last=3"])
     once = 4 * plan.parameters(made.network)
     shown = dict(plan.checkpoints(made.config, made.network))
-    assert shown["size of one"].startswith(plan.gigabytes(4 * once))
-    assert shown["disk"].startswith(plan.gigabytes(5 * 4 * once))
+    assert shown["size of one"].startswith(gigabytes(4 * once))
+    assert shown["disk"].startswith(gigabytes(5 * 4 * once))
     without = replace(made.config, ema=replace(made.config.ema, decay=0.0))
-    assert dict(plan.checkpoints(without, made.network))["size of one"].startswith(plan.gigabytes(3 * once))
+    assert dict(plan.checkpoints(without, made.network))["size of one"].startswith(gigabytes(3 * once))
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -20,10 +22,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from data_pipeline.shards import reader
+from data_pipeline.shards.storage import LocalFolder
 from data_pipeline.transforms import normalize
+from dgt.config import load
 from dgt.models import ModelConfig, build_model
-from dgt.tasks import drawing
-from launch import evaluate, predict
+from dgt.tasks import build_task, drawing
+from launch import checks, evaluate, predict
 from launch.predict import output_names
 
 pytest.importorskip("pycocotools")
@@ -229,7 +234,99 @@ def test_two_images_of_one_name_get_two_pictures(segmentation: Path, tmp_path: P
     assert [Path(entry["file"]).name for entry in found["images"]] == ["x.png", "X.bmp", "x.png", "x_2.png"]
     assert written == ["x.png", "X_3.png", "x_4.png", "x_2.png"]
     assert all((tmp_path / "out" / name).is_file() for name in written)
-    assert output_names([Path("a.png"), Path("b.png")], None) == ["a", "b"]
+    assert output_names([Path("a.png"), Path("b.png")]) == ["a", "b"]
+
+
+def test_out_is_refused_where_something_of_another_origin_would_be_replaced(
+    segmentation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, other = tmp_path / "in" / "a.jpg", pixels((8, 8), 1)
+    image.parent.mkdir()
+    Image.fromarray(pixels((40, 56), 0)).save(image)
+    foreign = [image.with_suffix(".png"), *(tmp_path / str(i) / n for i, n in enumerate(("a.png", "classes/a.png")))]
+    for path in foreign:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(other).save(path)
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2" / "predictions.json").write_text('[{"image_id": 1, "score": 0.5}]')
+    for out in ("in", "0", "1", "2"):
+        before = sorted((tmp_path / out).rglob("*"))
+        assert (
+            predict.main(["--checkpoint", str(segmentation), "--image", str(image), "--out", str(tmp_path / out)]) == 2
+        )
+        assert capsys.readouterr().err.endswith("name another folder with --out\n")
+        assert sorted((tmp_path / out).rglob("*")) == before
+    assert all((np.asarray(Image.open(path)) == other).all() for path in foreign)
+
+
+def test_a_later_call_replaces_what_an_earlier_one_wrote_and_a_full_disk_spoils_nothing(
+    segmentation: Path, detection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+
+    image = sources(segmentation) / "0.png"
+    program("--checkpoint", segmentation, "--image", image, "--out", tmp_path, "data.segmentation.short_side=48")
+    coarse = content()
+    program("--checkpoint", segmentation, "--image", image, "--out", tmp_path)
+    fine = content()
+    assert [path.relative_to(tmp_path).as_posix() for path in fine] == ["0.png", "classes/0.png", "predictions.json"]
+    assert all(fine[path] != coarse[path] for path in fine)
+    program("--checkpoint", detection, "--image", image, "--out", tmp_path)  # over a segmentation's
+    found = content()
+    assert found.keys() == fine.keys()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert predict.main(["--checkpoint", str(detection), "--image", str(image), "--out", str(tmp_path)]) == 2
+    assert content() == found
+
+
+def test_settings_behind_the_images_are_no_images(segmentation: Path, tmp_path: Path) -> None:
+    image = str(sources(segmentation) / "0.png")
+    small = program("--checkpoint", segmentation, "--image", image, "data.segmentation.short_side=48")["images"]
+    known = program("data.segmentation.short_side=48", "--checkpoint", segmentation, "--image", image)["images"]
+    assert small == known != program("--checkpoint", segmentation, "--image", image)["images"]
+    named = tmp_path / "seed=1.png"
+    shutil.copy(image, named)
+    words = ["--image", image, str(named), "data.path=x", "--json", "data.path=y", "seed=2"]
+    options = predict.with_overrides(predict.parser().parse_intermixed_args(words), words)
+    assert (options.image, options.overrides) == ([image, str(named)], ["data.path=x", "data.path=y", "seed=2"])
+
+
+def test_a_threshold_below_that_of_the_configuration_goes_before_it(detection: Path) -> None:
+    image = sources(detection) / "0.png"
+    every = [
+        one["score"]
+        for one in program("--checkpoint", detection, "--image", image, "--threshold", 0)["images"][0]["objects"]
+    ]
+    low, high = np.quantile(every, [0.5, 0.9])
+    expected = [score for score in every if score >= low]
+    words = ["--checkpoint", detection, "--image", image, f"task.score_threshold={high}", "--threshold", low]
+    assert [one["score"] for one in program(*words)["images"][0]["objects"]] == expected
+    assert 0 < sum(score > high for score in every) < len(expected)
+
+
+def test_names_and_kinds_of_targets_are_asked_for_without_leaving_a_set_open(
+    segmentation: Path, detection: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, closed = list[LocalFolder](), list[LocalFolder]()
+
+    def opening(path: str, config: Any) -> LocalFolder:
+        opened.append(LocalFolder(Path(path)))
+        return opened[-1]
+
+    monkeypatch.setattr(reader, "open_storage", opening)
+    monkeypatch.setattr(LocalFolder, "close", lambda folder: closed.append(folder))
+    for weights, names in ((segmentation, CLASSES), (detection, tuple(CATEGORIES[n] for n in sorted(CATEGORIES)))):
+        config = load(weights.parent / "tiny.yaml")
+        task: Any = build_task(config.task, config.model, config.data)
+        assert sorted(task.names) == sorted(names)
+        checks.masks(config)
+    assert len(opened) == 3
+    assert closed == opened
 
 
 def test_the_screen_tells_what_was_found(
@@ -251,11 +348,13 @@ def test_the_screen_tells_what_was_found(
     [
         (["--image", "nowhere"], "--image: there is no image to look at"),
         (["--image", "IMAGE", "--out", "/dev/null/x"], "--out /dev/null/x: cannot be written: Not a directory"),
-        (["--image", "IMAGE", "--out", "FOLDER"], "would take an image's place; name another folder"),
+        (["--image", "IMAGE", "--out", "FOLDER"], "lies there; name another folder with --out"),
         (["--image", "IMAGE", "--top", "3"], "--top is for classification, and these weights are for segmentation"),
         (["--image", "IMAGE", "--threshold", "0.3"], "--threshold is for detection"),
         (["--image", "IMAGE", "--checkpoint", "gone"], "--checkpoint gone: there is no such checkpoint, run or"),
         (["data.num_classes=9", "--image", "IMAGE"], "does not fit UPerNet: "),
+        (["--image", "IMAGE", "data.num_classes=9"], "does not fit UPerNet: "),
+        (["--image", "FOLDER", "--out", "FOLDER"], "lie there, where an earlier call may have written them"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_sentence(
