@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,7 +27,7 @@ class RPNConfig:
     def __post_init__(self) -> None:
         if len(self.anchor_sizes) != 5 or min(self.anchor_sizes) < 1:
             raise ValueError(f"anchor_sizes: must be five sides, one for each level, got {list(self.anchor_sizes)}")
-        if not self.aspect_ratios or min(self.aspect_ratios) <= 0:
+        if not self.aspect_ratios or not all(0 < ratio < math.inf for ratio in self.aspect_ratios):
             raise ValueError(f"aspect_ratios: must be numbers above 0, got {list(self.aspect_ratios)}")
         for name in ("pre_nms", "post_nms", "anchors_per_image"):
             if getattr(self, name) < 2:
@@ -62,8 +63,11 @@ class HeadsConfig:
             raise ValueError(f"positive_share: must lie in (0, 1], got {self.positive_share}")
         if not self.cascade_ious or not all(0 < iou < 1 for iou in self.cascade_ious):
             raise ValueError(f"cascade_ious: must lie in (0, 1), got {list(self.cascade_ious)}")
-        if len(self.cascade_weights) != len(self.cascade_ious) or min(self.cascade_weights) < 0:
-            raise ValueError(f"cascade_weights: must be as many as cascade_ious, got {list(self.cascade_weights)}")
+        weights = self.cascade_weights
+        if len(weights) != len(self.cascade_ious) or not all(0 <= weight < math.inf for weight in weights):
+            raise ValueError(
+                f"cascade_weights: must be numbers from 0 on, as many as cascade_ious, got {list(weights)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from data_pipeline.shards.source import DataError
 from data_pipeline.targets.objects import ImageObject
 from dgt.tasks.detections import Judged
 
+log = logging.getLogger("dgt")
+
 Kind = Literal["bbox", "segm"]
 """What overlaps: boxes, or masks. The names are those of pycocotools."""
 
@@ -27,6 +30,8 @@ SHORT: dict[Kind, str] = {"bbox": "box", "segm": "mask"}
 
 AREAS = ("", "_s", "_m", "_l")
 """Ending of a metric's name for each of COCO's ranges of the object's area: any, below 32^2, to 96^2, above."""
+
+NO_OBJECT = "none of the {} images of the evaluation split has an object that counts (crowds do not)"
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,12 @@ def metrics_of(
     records: Mapping[int, Judged], category_ids: Sequence[int], masks: bool, max_detections: int = 100
 ) -> dict[str, float]:
     """box_ap, box_ap50, box_ap75, box_ap_s, box_ap_m, box_ap_l in percent, and with `masks` mask_ap, ...; see
-    `precisions`, whose errors it raises. A size without objects has no entry."""
+    `precisions`, whose errors it raises but one: where there is no object that counts, everything is 0, which it warns
+    of, because a training asks, which need not end for that. A size without objects has no entry."""
+    if records and not any_counts(records):
+        log.warning(f"average precision is given as 0: {NO_OBJECT.format(len(records))}")
+        names = [SHORT[kind] for kind in kinds_of(masks)]
+        return {f"{name}_ap{ending}": 0.0 for name in names for ending in ("", "50", "75")}
     found: dict[str, float] = {}
     for part in precisions(records, category_ids, masks, max_detections):
         found |= part.metrics()
@@ -89,16 +99,23 @@ def precisions(
     """
     if not records:
         raise DataError("nothing could be evaluated: every sample of the evaluation split is damaged")
+    if not any_counts(records):
+        raise DataError(f"nothing could be evaluated: {NO_OBJECT.format(len(records))}")
     truth = dataset(records, category_ids)
-    if not any(not entry["iscrowd"] for entry in truth["annotations"]):
-        raise DataError(
-            f"nothing could be evaluated: none of the {len(records)} images of the evaluation split has an object that "
-            "counts (crowds do not)"
-        )
-    kinds: tuple[Kind, ...] = ("bbox", "segm") if masks else ("bbox",)
     return [
-        Precisions(kind, judged(truth, results(records, category_ids, kind), kind, max_detections)) for kind in kinds
+        Precisions(kind, judged(truth, results(records, category_ids, kind), kind, max_detections))
+        for kind in kinds_of(masks)
     ]
+
+
+def any_counts(records: Mapping[int, Judged]) -> bool:
+    """Whether any of the images has an object that is no crowd."""
+    return any(not found.crowd for record in records.values() for found in record.truth.objects)
+
+
+def kinds_of(masks: bool) -> tuple[Kind, ...]:
+    """What is judged: boxes, and with `masks` masks."""
+    return ("bbox", "segm") if masks else ("bbox",)
 
 
 def judged(

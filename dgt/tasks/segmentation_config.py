@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,8 +29,8 @@ class UPerNetConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("auxiliary_channels", "auxiliary_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: must be a number that is not negative, got {getattr(self, name)}")
         for name in ("channels", "auxiliary_channels"):
             if getattr(self, name) % self.norm_groups:
                 raise ValueError(f"{name}: must be a multiple of norm_groups {self.norm_groups}")
@@ -61,7 +62,7 @@ class SegmentationInferenceConfig:
     def __post_init__(self) -> None:
         if self.stride < 0:
             raise ValueError(f"stride: must not be negative, got {self.stride}")
-        if not self.scales or min(self.scales) <= 0:
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"scales: must be factors above 0, got {list(self.scales)}")
 
 
@@ -82,8 +83,8 @@ class SegmentationConfig:
     inference: SegmentationInferenceConfig = field(default_factory=SegmentationInferenceConfig)
 
     def __post_init__(self) -> None:
-        if any(weight < 0 for weight in self.class_weights):
-            raise ValueError(f"class_weights: must not be negative, got {list(self.class_weights)}")
+        if not all(0 <= weight < math.inf for weight in self.class_weights):
+            raise ValueError(f"class_weights: must be numbers that are not negative, got {list(self.class_weights)}")
         if not 0 <= self.ohem_threshold < 1:
             raise ValueError(f"ohem_threshold: must lie in [0, 1), got {self.ohem_threshold}")
         if self.ohem_min_kept < 1:

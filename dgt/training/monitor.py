@@ -75,9 +75,6 @@ class Size:
     steps_per_epoch: int
     global_batch_size: int
     world_size: int
-    macs_per_image: Callable[[int], int | None]
-    """Epoch, from 0 -> multiply-accumulates of one forward pass of one of its images (whose size may change with the
-    epoch); None where the network does not say."""
     precision: str = "fp32"
     """What the arithmetic is done in, as in `engine.precision`."""
     clip_grad_norm: float = 0.0
@@ -205,13 +202,16 @@ class Monitor:
         """Something else than steps comes now, of any length, which no trace shall hold."""
         self.profiler.end(step)
 
-    def step(self, step: int, seconds: float, waited: float, scalars: Mapping[str, float]) -> None:
-        """Notes one optimizer step (`seconds` long, `waited` of them for data) and reports when it is time to."""
+    def step(self, step: int, seconds: float, waited: float, scalars: Mapping[str, float], macs: int = 0) -> None:
+        """Notes one optimizer step (`seconds` long, `waited` of them for data) and reports when it is time to.
+
+        `macs`: multiply-accumulates of one forward pass of one of its images; 0 where the network does not say.
+        """
         self.profiler.after(step)
         self.seconds += seconds
         self.waited += waited
         self.steps += 1
-        self.macs += self.size.global_batch_size * (self.size.macs_per_image(self.epoch(step)) or 0)
+        self.macs += self.size.global_batch_size * macs
         norm = scalars.get("train/grad_norm", 0.0)
         self.largest_norm = max(self.largest_norm, norm)
         self.clipped += 0 < self.size.clip_grad_norm < norm

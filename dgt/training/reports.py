@@ -42,12 +42,13 @@ class Reports:
         """Begins at the step that the progress names, and forgets what was reported of later ones."""
 
         @functools.cache
-        def macs(epoch: int) -> int | None:
-            return task.macs(network, *task.train_size(epoch))
+        def macs(height: int, width: int) -> int:
+            return task.macs(network, height, width) or 0
 
+        self.macs = macs
         config, folder = self.config, RunFolder(self.config.run_dir)
         size = Size(
-            last_step, len(self.data), config.steps.global_batch_size, self.world.size, macs,
+            last_step, len(self.data), config.steps.global_batch_size, self.world.size,
             config.engine.precision, config.optimizer.clip_grad_norm,
         )  # fmt: skip
         resumed = Resumed(self.progress.step, evaluation_is_due)
@@ -80,7 +81,8 @@ class Reports:
             inputs = prepare(batch, slice(0, shown))
             drawn = pictures.samples(inputs, data.mean, data.std, self.data.source.class_names)
             self.monitor.picture(step, "train/images", drawn)
-        self.monitor.step(step, *seconds, scalars)
+        assert isinstance(batch.images, Tensor)
+        self.monitor.step(step, *seconds, scalars, self.macs(*batch.images.shape[1:3]))
 
     def of_all_ranks(self, batch: Batch) -> dict[str, float]:
         """What all ranks together have counted since the last report; names a slow one."""

@@ -232,7 +232,7 @@ def test_the_total_is_read_from_the_line_that_training_writes(tmp_path: Path) ->
     from dgt.training.run_folder import RunFolder
     from launch import progress
 
-    size = Size(1250, 125, 8, 1, lambda epoch: None)
+    size = Size(1250, 125, 8, 1)
     monitor = Monitor(MonitorConfig(), RunFolder(tmp_path), size, Resumed(), is_main=False)
     rates = {"speed/step_seconds": 1.0, "speed/images_per_s": 8.0, "speed/data_wait": 0.0}
     log = tmp_path / "rank-0.log"

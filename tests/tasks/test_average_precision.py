@@ -177,6 +177,14 @@ def test_nothing_found_is_0_and_classes_without_objects_do_not_count() -> None:
     assert box.per_class()["box_ap"] == [pytest.approx(100), None]
 
 
+def test_a_training_goes_on_where_no_object_counts_with_0_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    crowd = image(1, [thing(1, 0, (1, 1, 9, 9), crowd=True)], found((0, 0.9, (1, 1, 9, 9))))
+    expected = {f"{kind}_ap{ending}": 0.0 for kind in ("box", "mask") for ending in ("", "50", "75")}
+    assert metrics_of({0: crowd, 1: image(2, [], found())}, [1], masks=True) == expected
+    assert "none of the 2 images of the evaluation split has an object that counts" in caplog.text
+    assert list(metrics_of({0: crowd}, [1], masks=False)) == ["box_ap", "box_ap50", "box_ap75"]
+
+
 def test_more_than_a_hundred_detections_count_where_the_detector_gives_more() -> None:
     places = [(10 * (i % 15), 10 * (i // 15), 8, 8) for i in range(150)]
     record = image(1, [thing(i, 0, box) for i, box in enumerate(places)], found(*((0, 0.5, box) for box in places)))
@@ -189,7 +197,7 @@ def test_what_cannot_be_judged_is_said_in_one_sentence(monkeypatch: pytest.Monke
     with pytest.raises(DataError, match="every sample of the evaluation split is damaged"):
         metrics_of({}, [1], masks=False)
     with pytest.raises(DataError, match="none of the 1 images of the evaluation split has an object that counts"):
-        metrics_of({0: image(1, [thing(1, 0, (1, 1, 9, 9), crowd=True)], found())}, [1], masks=False)
+        precisions({0: image(1, [thing(1, 0, (1, 1, 9, 9), crowd=True)], found())}, [1], masks=False)
     record = image(7, [thing(1, 0, (1, 1, 9, 9))], found())
     with pytest.raises(DataError, match=r"samples 3 and 5 .* are both annotated as image 7 \(7.jpg\)"):
         metrics_of({3: record, 5: record}, [1], masks=False)

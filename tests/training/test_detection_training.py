@@ -121,6 +121,14 @@ def test_training_lowers_the_loss_and_ends_with_coco_metrics(tmp_path: Path, sha
     assert metrics["samples"] == len(VAL_SIZES)
     assert {"box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"} <= metrics.keys()
     assert all(0 <= metrics[name] <= 100 for name in ("box_ap", "mask_ap"))
+    network, counted = build_task(config.task, config.model, config.data).build_model(), set()
+    for line in lines[:24]:
+        macs = 1e12 * line["speed/model_tflops"] * line["speed/step_seconds"] / (6 * 8)
+        long = int(line["data/image_size"])
+        canvases = [(h, w) for h in (32, 64, 96) for w in (32, 64, 96) if max(h, w) == long]
+        assert any(macs == pytest.approx(network.macs(h, w)) for h, w in canvases)  # type: ignore[operator]
+        counted.add(long)
+    assert len(counted) > 1, "each step counts its images at its own canvas"
 
 
 def evaluated(config: Config) -> Any:

@@ -30,7 +30,7 @@ from dgt.training.state import Outcome
 from dgt.training.steps import StepsConfig
 from dgt.training.trainer import train
 
-SIZE = Size(total_steps=12, steps_per_epoch=6, global_batch_size=8, world_size=1, macs_per_image=lambda epoch: None)
+SIZE = Size(total_steps=12, steps_per_epoch=6, global_batch_size=8, world_size=1)
 
 
 @pytest.fixture(autouse=True)
@@ -87,17 +87,17 @@ def test_rates_count_images_and_waiting_over_the_logged_steps(tmp_path: Path) ->
         ("Radeon", "bf16", None),
     ],
 )
-def test_utilisation_counts_each_image_at_the_size_of_its_epoch_against_the_peak_of_the_precision(
+def test_utilisation_counts_each_image_at_the_size_of_its_step_against_the_peak_of_the_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, precision: str, peak: float | None
 ) -> None:
     for name, value in (("is_available", True), ("get_device_name", device), ("max_memory_allocated", 0)):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
-    per_image = (10**12, 4 * 10**12)
-    size = replace(SIZE, world_size=2, precision=precision, macs_per_image=lambda epoch: per_image[epoch])
+    size = replace(SIZE, world_size=2, precision=precision)
     config = MonitorConfig(log_every=4, tensorboard=False)
     monitor = Monitor(config, RunFolder(tmp_path), size, Resumed(), is_main=True)
-    for step in range(1, 9):  # steps 7 and 8 belong to the second epoch
-        monitor.step(step, 0.5, 0.1, {"train/loss": 1.0, "train/lr": 0.1})
+    for step in range(1, 9):
+        macs = 10**12 if step < 7 else 4 * 10**12
+        monitor.step(step, 0.5, 0.1, {"train/loss": 1.0, "train/lr": 0.1}, macs)
     monitor.close()
     rows = rows_of(RunFolder(tmp_path))
     rates = [6 * 8 * macs / (2.0 * 2) for macs in (4, 2 + 2 * 4)]
