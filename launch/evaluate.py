@@ -50,8 +50,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
         prog="dgt-evaluate",
-        description="Evaluate weights on every sample of a split; alone, or as the ranks of torchrun or srun. "
-        "The number of ranks does not change what is counted.",
+        description="Evaluate weights on every sample of a split: accuracy of classification, IoU of segmentation, "
+        "average precision of detection. Alone, or as the ranks of torchrun or srun, whose number does not change what "
+        "is counted.",
     )
     result.add_argument(
         "--config", metavar="FILE", help="configuration of the run, YAML (default: that of the weights)"
@@ -64,13 +65,24 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     result.add_argument("--split", metavar="NAME", help="split of the data (default: data.val_split)")
     result.add_argument("--weights", choices=("ema", "raw"), help="default: ema where the run kept an average")
-    result.add_argument("--batch-size", type=int, metavar="N", help="images of one pass on one rank")
+    result.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images that a rank takes at once; segmentation and "
+        "detection answer them one after the other, so that it changes no result",
+    )
     result.add_argument(
         "--flip", nargs="?", choices=("probabilities", "logits"), const="probabilities",
-        help="answer with the mean over each image and its mirror image; of what (default: probabilities); of "
-        "classification and segmentation",
+        help="of classification and segmentation: answer with the mean over each image and its mirror image; the mean "
+        "of probabilities (default), or with classification of logits",
     )  # fmt: skip
-    result.add_argument("--out", metavar="DIR", help="write tables (CSV, JSON) and pictures (PNG) there")
+    result.add_argument(
+        "--out",
+        metavar="DIR",
+        help="write tables (CSV, JSON) and pictures (PNG) there, and "
+        "of detection what was found (predictions*.json, as COCO's results)",
+    )
     result.add_argument("--json", action="store_true", help="print one line of JSON")
     result.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=DIR")
     images = result.add_argument_group("of classification")

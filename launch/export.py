@@ -38,8 +38,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
         prog="dgt-export",
-        description="Write a checkpoint's weights as one safetensors file for timm, whatever engine and number of "
-        "ranks saved it. The file's header says which model, classes, image size and normalisation it is for.",
+        description="Write a checkpoint's weights as one safetensors file, whatever engine and number of "
+        "ranks saved it. The file's header says which model, classes, image size and normalisation it is for. "
+        "timm loads classifiers, and the backbone of any task (--part backbone).",
     )
     source = result.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", metavar="FILE", help="configuration of the run, YAML")

@@ -65,7 +65,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--image", required=True, nargs="+", action="extend", metavar="PATH", help="image files, or folders of them"
     )
-    result.add_argument("--out", metavar="DIR", help="write pictures, class maps and predictions.json there")
+    result.add_argument(
+        "--out",
+        metavar="DIR",
+        help="write pictures and predictions.json there, and of "
+        "segmentation class maps (classes/NAME.png, class indices in 8 bits); no folder that holds the images",
+    )
     result.add_argument(
         "--config", metavar="FILE", help="configuration of the run, YAML (default: that of the weights)"
     )
@@ -76,12 +81,15 @@ def parser() -> argparse.ArgumentParser:
         "launch/export.py has written",
     )  # fmt: skip
     result.add_argument("--weights", choices=("ema", "raw"), help="default: ema where the run kept an average")
-    result.add_argument("--top", type=int, metavar="K", help="classes that classification names (default: 5)")
+    result.add_argument("--top", type=int, metavar="K", help="of classification: how many classes to name (default: 5)")
     result.add_argument(
-        "--threshold", type=float, metavar="X", help="least score of an object, from 0 to 1 (default: 0.5)"
+        "--threshold",
+        type=float,
+        metavar="X",
+        help="of detection: least score of an object, from 0 to 1 (default: 0.5)",
     )
     result.add_argument("--json", action="store_true", help="print one line of JSON")
-    result.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=DIR")
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.segmentation.short_side=512")
     result.set_defaults(image_size=None, crop_pct=None, batch_size=None)  # which launch.sources asks for
     return result
 
