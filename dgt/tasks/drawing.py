@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,8 @@ class Shape:
     """Class index."""
     score: float | None
     """None of what is annotated."""
-    mask: npt.NDArray[np.bool_] | None
-    """(h, w), or None."""
+    mask: Callable[[], npt.NDArray[np.bool_]] | None
+    """Gives (h, w), or None. A function, so that masks of many objects of a large image are not there at once."""
     at: tuple[int, int] = (0, 0)
     """(left, top) of the mask."""
 
@@ -141,7 +141,7 @@ def detections(
             tuple(detected.boxes[i].tolist()),
             int(detected.labels[i]),
             float(detected.scores[i]),
-            None if detected.masks is None else rle.decode(detected.masks[i]),
+            None if detected.masks is None else functools.partial(rle.decode, detected.masks[i]),
         )
         for i in shown
     ]
@@ -156,7 +156,7 @@ def instances(image: Picture, targets: Instances, names: Sequence[str], longest:
             tuple(box),
             label,
             None,
-            None if mask is None else mask.astype(bool),
+            None if mask is None else functools.partial(mask.astype, bool),
             (math.floor(box[0]), math.floor(box[1])),
         )
         for box, label, mask in zip(targets.boxes.tolist(), targets.labels.tolist(), masks, strict=True)
@@ -171,14 +171,15 @@ def objects(image: Picture, truth: ImageObjects, names: Sequence[str], longest: 
         left, top, width, height = thing.box
         if not thing.crowd:
             box = (left, top, left + width, top + height)
-            shapes.append(Shape(box, thing.category, None, _covered(thing.segmentation, truth.size)))
+            mask = functools.partial(_covered, thing.segmentation, truth.size) if thing.segmentation else None
+            shapes.append(Shape(box, thing.category, None, mask))
     return _instances(image, shapes, names, longest)
 
 
-def _covered(segmentation: Any, size: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
-    """The mask, (height, width), of polygons or a run-length encoding; None of neither."""
-    if segmentation is None or isinstance(segmentation, dict):
-        return None if segmentation is None else rle.decode(segmentation)
+def _covered(segmentation: Any, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """The mask, (height, width), of polygons or a run-length encoding."""
+    if isinstance(segmentation, dict):
+        return rle.decode(segmentation)
     canvas = Image.new("1", (size[1], size[0]))
     draw = ImageDraw.Draw(canvas)
     for polygon in segmentation:  # Pillow's pixels have their centres at whole numbers, COCO's half a pixel further
@@ -211,12 +212,13 @@ def _instances(image: Picture, shapes: Sequence[Shape], names: Sequence[str], lo
 def _fill(over: npt.NDArray[np.float32], shape: Shape, scale: float, tint: Colour) -> None:
     """Tints what a mask covers of the picture, and paints its outline."""
     assert shape.mask is not None
+    mask = shape.mask()
     rows, columns = (
         np.arange(max(0, math.ceil(start * scale)), min(limit, math.ceil((start + size) * scale)))
-        for start, size, limit in zip(shape.at[::-1], shape.mask.shape, over.shape[:2], strict=True)
+        for start, size, limit in zip(shape.at[::-1], mask.shape, over.shape[:2], strict=True)
     )
-    below, right = shape.mask.shape[0] - 1, shape.mask.shape[1] - 1
-    covered = shape.mask[
+    below, right = mask.shape[0] - 1, mask.shape[1] - 1
+    covered = mask[
         np.clip((rows / scale).astype(int) - shape.at[1], 0, below)[:, None],
         np.clip((columns / scale).astype(int) - shape.at[0], 0, right),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,30 @@ def test_detections_below_the_threshold_are_not_drawn_and_the_first_is_uppermost
     plain = detections(grey(320, 320), Detected(boxes, found.scores, found.labels, None), NAMES, threshold=0.3)
     assert at(plain, 130, 130) == [100, 100, 100]
     assert at(plain, 59, 30) == colours(1)[0].tolist()
+
+
+def test_masks_of_a_large_image_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[weakref.ref[np.ndarray]] = []
+    real = drawing.rle.decode
+
+    def decode(segmentation: dict[str, Any]) -> np.ndarray:
+        assert not any(mask() is not None for mask in there)
+        there.append(weakref.ref(mask := real(segmentation)))
+        return mask
+
+    monkeypatch.setattr(drawing.rle, "decode", decode)
+    mask = np.zeros((1300, 40), bool)
+    mask[650:, 20:] = True
+    boxes = np.array([[20, 650, 40, 1300]] * 3, np.float32)
+    found = Detected(boxes, np.ones(3, np.float32), np.array([0, 1, 2]), (as_text(mask),) * 3)
+    things = tuple(ImageObject(i, i, (20, 650, 20, 650), 13000, False, as_text(mask)) for i in range(3))
+    for picture in (
+        detections(grey(1300, 40), found, NAMES),
+        objects(grey(1300, 40), ImageObjects(7, "7.jpg", mask.shape, things), NAMES),
+    ):
+        assert at(picture, 600, 15) != [100, 100, 100]
+        assert at(picture, 300, 5) == [100, 100, 100]
+    assert len(there) == 6
 
 
 def test_masks_and_boxes_are_enlarged_with_their_image() -> None:
