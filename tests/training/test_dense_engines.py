@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from data_pipeline.batch import Batch
 from data_pipeline.loader import Loader, build_loader
+from data_pipeline.targets.instances import Instances
 from dgt.config import Config
 from dgt.tasks import Findings, Task, build_task
 from dgt.tasks.detections import Judged
@@ -49,11 +50,14 @@ class Recipe:
             rank=self.world.rank, world_size=self.world.size, seed=0,
         )  # fmt: skip
 
-    def train(self, steps: int = STEPS) -> list[tuple[float, float]]:
-        """Loss and gradient norm of some steps."""
+    def train(self, steps: int = STEPS, without_objects: bool = False) -> list[tuple[float, float]]:
+        """Loss and gradient norm of some steps, or of such whose images, on this rank, have lost their objects."""
         found = []
         with self.loader("train", self.config.steps.global_batch_size, training=True) as loader:
             for step, batch in zip(range(steps), loader, strict=False):
+                if without_objects:
+                    nothing = Instances(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), ())
+                    batch = dataclasses.replace(batch, targets=[nothing] * len(batch.targets))
                 result = self.engine.train_step(list(self.parts(batch)), self.loss_at(step, batch), 1e-3, always)
                 found.append((result.loss, result.grad_norm))
         return found
@@ -191,27 +195,33 @@ def test_sharded_networks_compute_in_bfloat16_and_leave_losses_and_geometry_in_f
             assert abs(norm / whole - 1) > 1e-5
 
 
-def shares_of(config: Config) -> dict[str, tuple[int, int]]:
-    """Weights that this rank holds, and all, by the units of the network that fsdp gathers one at a time."""
+def shares_of(config: Config) -> tuple[dict[str, tuple[int, int]], tuple[float, float]]:
+    """Weights that this rank holds, and all, by the units of the network that fsdp gathers one at a time; and loss and
+    gradient norm of a step of which rank 0 has images without objects."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
     with joined() as world:
-        network = Recipe(config, world, "fsdp", torch.float32).engine.network
-        found = {}
+        recipe = Recipe(config, world, "fsdp", torch.float32)
+        network, found = recipe.engine.network, {}
         for name, module in network.named_modules():
             if isinstance(module, FSDPModule):
                 weights = list(module.parameters())
                 assert all(isinstance(weight, DTensor) for weight in weights)
                 here = sum(weight.to_local().numel() for weight in weights)  # type: ignore[attr-defined]
                 found[name] = here, sum(weight.numel() for weight in weights)
-        return found
+        return found, recipe.train(1, without_objects=world.is_main)[0]
 
 
-def test_fsdp_gathers_blocks_and_heads_one_at_a_time(configs: dict[str, Config]) -> None:
+def test_fsdp_gathers_blocks_and_heads_one_at_a_time_and_trains_where_only_one_rank_has_objects(
+    configs: dict[str, Config],
+) -> None:
     blocks = {f"backbone.stages.{stage}.blocks.{i}" for stage, depth in enumerate((1, 1, 2, 1)) for i in range(depth)}
     heads = {"fpn", "rpn.head", "roi_heads.box_heads.0", "roi_heads.mask_head"}
     for result in run_ranks(2, shares_of, configs["detection"]):
-        assert result.value.keys() == {""} | blocks | heads
-        for name, (here, whole) in result.value.items():
+        shares, (loss, norm) = result.value
+        assert 0 < loss < 100
+        assert 0 < norm < 1000
+        assert shares.keys() == {""} | blocks | heads
+        for name, (here, whole) in shares.items():
             assert here <= 0.6 * whole, f"{name} is not cut"
