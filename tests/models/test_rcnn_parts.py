@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -221,3 +222,11 @@ def test_overlaps_in_pieces_are_those_of_all_anchors() -> None:
     boxes = 50 * torch.rand(70_000, 4)
     boxes[:, 2:] += boxes[:, :2]
     assert torch.equal(overlaps(boxes[:3], boxes), box_iou(boxes[:3], boxes))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0])
+def test_ratios_and_weights_that_are_no_numbers_are_refused(wrong: float) -> None:
+    with pytest.raises(ValueError, match=r"^aspect_ratios: "):
+        replace(RPN, aspect_ratios=(1.0, wrong))
+    with pytest.raises(ValueError, match=r"^cascade_weights: "):
+        replace(HEADS, cascade_weights=(1.0, wrong, 0.5))
