@@ -135,10 +135,12 @@ class Record:
             ids[:] = batch.ids.tolist()
             return step(trainer, batch, *rest)
 
-        def with_scalars(monitor: Monitor, number: int, seconds: float, waited: float, scalars: Any) -> None:
+        def with_scalars(
+            monitor: Monitor, number: int, seconds: float, waited: float, scalars: Any, *rest: Any
+        ) -> None:
             exact = {name: float(value).hex() for name, value in scalars.items() if name.startswith("train/")}
             self.write(step=number, ids=ids, **exact)
-            reported(monitor, number, seconds, waited, scalars)
+            reported(monitor, number, seconds, waited, scalars, *rest)
 
         def with_metrics(monitor: Monitor, number: int, metrics: Any, *rest: Any) -> None:
             self.write(evaluation=number, metrics={name: float(value).hex() for name, value in metrics.items()})
