@@ -123,6 +123,8 @@ class Remote:
             return _wait(submit(), cancelled, (timeout or self._timeout) + 2 * _POLL_SECONDS)
         except (CalledOffError, TransportError):
             raise
+        except concurrent.futures.CancelledError:
+            raise CalledOffError from None
         except Exception as error:  # what storage libraries raise has no common type
             if isinstance(error, RuntimeError) and "shutdown" in str(error):
                 raise CalledOffError from None  # the interpreter ends: asyncio starts no more threads
@@ -130,7 +132,7 @@ class Remote:
             raise self._explained(error) from None  # the original's text and traceback may hold the URL's secrets
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> concurrent.futures.Future[Result]:
-        return asyncio.run_coroutine_threadsafe(work, self._fs.loop)
+        return asyncio.run_coroutine_threadsafe(_until_the_end(work), self._fs.loop)
 
     def _submit(self, method: str, *args: Any, **options: Any) -> concurrent.futures.Future[Any]:
         if getattr(self._fs, "async_impl", False):
@@ -325,6 +327,19 @@ def _file_system(url: str, timeout: float) -> tuple[Any, str]:
     if hasattr(fs, "retries"):
         fs.retries = 1  # tries are counted, reported and spaced in one place: data_pipeline.shards.fetch
     return fs, root
+
+
+async def _until_the_end(work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which counts as cancelled once the interpreter ends and asyncio starts no more threads.
+
+    Nobody may be waiting for it any more then, and asyncio would report an error that nobody asks for.
+    """
+    try:
+        return await work
+    except RuntimeError as error:
+        if "shutdown" in str(error):
+            raise asyncio.CancelledError from None
+        raise
 
 
 def _wait(future: concurrent.futures.Future[Result], cancelled: threading.Event, timeout: float) -> Result:
